@@ -43,6 +43,7 @@ from curate.images.decode import decode
 from curate.ledger.schema import RowError
 from curate.store.files import digest, read_json, write_json
 from demo.pictures import STAMPS, caption_beside, readable, unpacked
+from train.captions import Choose, first_caption
 from train.data import ImageDataset, Stream, open_samples, ordered_batches
 from train.latents import precompute_latents
 from train.loop import LoopConfig, train
@@ -168,7 +169,7 @@ class Kept:
     latent = False
 
     def __init__(self, images: ImageDataset) -> None:
-        self.bucket = images.bucket
+        self.bucket, self.view = images.bucket, images.view
         with ThreadPoolExecutor() as pool:
             loaded = pool.map(lambda i: self._small(*images.load(i)), range(len(images)))
             self._keys, pixels, tokens = zip(*loaded, strict=True)
@@ -181,7 +182,7 @@ class Kept:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def load(self, index: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+    def load(self, index: int, choose: Choose = first_caption) -> tuple[str, Tensor, Tensor]:
         """As ImageDataset has it; captions, which an autoencoder does not read, are never dropped."""
         return self._keys[index], self._pixels[index].float().div_(127.5).sub_(1), self._tokens[index]
 
