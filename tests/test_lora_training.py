@@ -213,7 +213,7 @@ def test_what_can_not_be_trained_is_refused_before_loading(models: Any, images: 
     check_trainable(info, 32, lora=True)
     with pytest.raises(UserError, match="EDM"):
         check_trainable(replace(info, scheduler={"_class_name": "EDMEulerScheduler"}), 32, lora=True)
-    with pytest.raises(UserError, match="goes without its text_encoder:"):
+    with pytest.raises(UserError, match="goes without one of its text encoders"):
         check_trainable(replace(info, configs={"vae": {}, "unet": {}, "text_encoder_2": {}}), 32, lora=True)
     other = replace(info, abilities=replace(info.abilities, text="SanaPipeline"))
     with pytest.raises(UserError, match=r"SimpleTuner trains LoRAs of many others.*docs/training\.md"):

@@ -151,7 +151,7 @@ def objective_of(scheduler: Any, gamma: float | None = GAMMA) -> Objective:
     if kind == "flow_prediction":
         return Objective("flow", flow, float(scheduler.config.get("flow_shift", 1.0)))
     made = {"v_prediction": ("v", v), "epsilon": ("eps", eps)}.get(kind)
-    if made is None or scheduler.config.num_train_timesteps != TIMES:
+    if made is None or scheduler.config.num_train_timesteps != TIMES or not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(
             f"the model's scheduler is {type(scheduler).__name__} for {kind!r} over "
             f"{scheduler.config.num_train_timesteps} times; what can be trained further is "

@@ -42,8 +42,9 @@ class ModelInfo:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether it is of a family of which at least LoRAs are trained here."""
-        return self.abilities.text in (*TRAINABLE, *LORA_ONLY)
+        """Whether it is of a family of which at least LoRAs are trained here, with all that reads its captions."""
+        kind = self.abilities.text
+        return kind in TRAINABLE or (kind in LORA_ONLY and {"text_encoder", "text_encoder_2"} <= self.configs.keys())
 
     @property
     def unet(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def read_model_info(name: str | Path) -> ModelInfo:
 def check_trainable(info: ModelInfo, size: int | None, *, lora: bool = False) -> None:
     """Raise UserError where a model can't be trained further, or no LoRA of it, or not on images of this side."""
     kind = info.abilities.text
-    if not info.is_trainable:
+    if kind not in (*TRAINABLE, *LORA_ONLY):
         raise UserError(
             f"{info.name} is a {kind}: what can be trained further are models of the type of "
             f"{' and '.join(TRAINABLE)}, and with --lora LoRAs of {', '.join(LORA_ONLY)} too. SimpleTuner trains LoRAs "
@@ -169,8 +170,8 @@ def check_trainable(info: ModelInfo, size: int | None, *, lora: bool = False) ->
     if kind in LORA_ONLY:
         if not lora:
             raise UserError(f"{info.name} is a {kind}, of which LoRAs are trained here, and not the whole: give --lora")
-        if lacking := [part for part in ("text_encoder", "text_encoder_2") if part not in info.configs]:
-            raise UserError(f"{info.name} goes without its {lacking[0]}: a LoRA of it can't be trained here")
+        if not info.is_trainable:
+            raise UserError(f"{info.name} goes without one of its text encoders: a LoRA of it can't be trained here")
         if info.vae.get("latents_mean") or info.scheduler["_class_name"].startswith("EDM"):
             raise UserError(
                 f"{info.name} is noised as in Karras et al. 2022 (EDM), and not as {kind} usually: a LoRA of it can't "
