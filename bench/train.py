@@ -129,6 +129,14 @@ def model() -> Any:
     return new_model(MODEL, [caption(n) for n in range(IMAGES)], "eps")
 
 
+def batch_of(pipeline: Any, images: torch.Tensor, latent: bool, numbers: Sequence[int]) -> Batch:
+    """These images with their captions."""
+    tokens = tokenize(pipeline, [caption(n) for n in numbers])
+    lengths = torch.tensor([len(t) for t in tokens])
+    padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    return Batch([str(n) for n in numbers], list(numbers), images, latent, padded, lengths, (0, 0))
+
+
 def in_turn(contenders: dict[str, Turn], rounds: int) -> dict[str, list[float]]:
     """Seconds of each contender's turns, one of each to warm up left out; every other round in the other order."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
@@ -225,9 +233,8 @@ def step(folder: Path, files: Sequence[bytes], threads: int, rounds: int) -> dic
         pipelines = model(), model()
         shape = (3, MODEL.size) if kind == "pixels" else (MODEL.latents, MODEL.size // MODEL.factor)
         images = torch.rand(BATCH, shape[0], shape[1], shape[1], generator=torch.Generator().manual_seed(0)) * 2 - 1
-        tokens = tokenize(pipelines[0], [caption(n) for n in range(BATCH)])
-        names = [str(n) for n in range(BATCH)]
-        batch = Batch(names, list(range(BATCH)), images, kind == "latents", tokens, (0, 0))
+        batch = batch_of(pipelines[0], images, kind == "latents", range(BATCH))
+        tokens = batch.tokens
         loops += [ours(_Again(batch), folder / kind, pipelines[0])]
         loops += [theirs(itertools.repeat((images, tokens)), pipelines[1], encode=kind == "pixels")]
         contenders |= {f"{kind}, ours": turn_of(loops[-2]), f"{kind}, diffusers' loop": turn_of(loops[-1])}

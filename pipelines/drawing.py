@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from curate.store.files import local_path
+from curate.store.mirror import here
 from curate.store.objects import is_url
 from pipelines.options import option
 from pipelines.serving import ServingOptions
@@ -33,6 +34,7 @@ class DrawingOptions(ServingOptions):
         type=_folder,
     )
     lora: tuple[str, ...] = option("repeatable", default=(), metavar="PATH[:WEIGHT]")
+    embedding: tuple[str, ...] = option("a word (textual inversion); repeatable", default=(), metavar="FILE")
     show_flagged: bool = option("do not blur what the NSFW detector flags", default=False)
 
     def __post_init__(self) -> None:
@@ -47,6 +49,7 @@ def check_drawing(
     That takes a function that is called with each line to be said. more: arguments of Sampler.
     """
     from train.generate.files import check_out
+    from train.models.embeddings import read_embedding
     from train.models.info import read_model_info
     from train.models.lora import check_lora, parse_lora
 
@@ -54,6 +57,9 @@ def check_drawing(
     loras = [parse_lora(text) for text in options.lora]
     for lora in loras:
         check_lora(info, lora)
+    embeddings = [here(text) for text in options.embedding]
+    for path in embeddings:
+        read_embedding(info, path)
     check_out(options.out)
 
     def load(log: Callable[[str], None]) -> GenerationService:
@@ -62,7 +68,7 @@ def check_drawing(
 
         options.out.mkdir(parents=True, exist_ok=True)
         log(f"loading {model}")
-        sampler = Sampler(info, loras=loras, blur=not options.show_flagged, **more)
+        sampler = Sampler(info, loras=loras, embeddings=embeddings, blur=not options.show_flagged, **more)
         for line in (str(sampler), *sampler.notes):
             log(line)
         return GenerationService(sampler, options.out, log=log, on_fault=traceback.print_exception)

@@ -58,6 +58,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 1, f"{error}\n`tastemaker verify DATA` finds damaged files, and says what repairs them"
     if isinstance(error, RecursionError):
         return 1, "something is nested too deep to be read (--verbose shows where)"
+    if "PeerLost" in names:
+        return 1, f"{error}\nThe same command goes on from the last checkpoint."
     if "RayError" in names:
         what = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return 1, (

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).parent / "side"
@@ -36,10 +37,12 @@ class SideEnvironments:
         if (interpreter, packages) not in self._folders:
             folder = self._root / str(len(self._folders))
             command = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries=1"]
-            command += ["--no-deps", "--target", str(folder), *packages.split()]
+            command += ["--no-deps", "--no-compile", "--target", str(folder), *packages.split()]
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             if done.returncode:
                 pytest.skip(f"{packages} cannot be installed here: {done.stderr.strip()[-300:]}")
+            if "torch==" in packages:  # NVIDIA's libraries, 3 GB, are the same for every Python
+                (folder / "nvidia").symlink_to(Path(np.__file__).parents[1] / "nvidia")
             self._folders[interpreter, packages] = folder
         return self._folders[interpreter, packages]
 

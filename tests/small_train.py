@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from train import checkpoint
 from train.data import ImageDataset, Stream, open_samples, split
-from train.loop import LoopConfig, rank_and_size, train
+from train.loop import LoopConfig, train
 from train.models.family import family_of, load_model, new_model, tokenize
 from train.models.presets import PRESETS
+from train.parallel import rank_and_size
 from train.tasks import Denoise
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
@@ -55,3 +60,25 @@ def small_run(
     stream = Stream(examples, chosen, batch=config.batch, rank=rank, ranks=ranks)
     task, more = Denoise(pipeline), {"should_stop": stop} if stop else {}
     return train(task, stream, config, out, held_out=held_out, prompts=["a red disc"], seeds=[0, 1], **more)
+
+
+def saved_state(model: Path) -> dict[str, torch.Tensor]:
+    """What the last checkpoint holds for going on, put together from what each process wrote: tensors by name."""
+    path = checkpoint.checkpoints(model).popitem()[1]
+    known = HuggingFaceStorageReader(str(path / "trainer")).read_metadata().state_dict_metadata
+    state = {name: torch.zeros(found.size, dtype=found.properties.dtype) for name, found in known.items()}
+    checkpoint.load_tensors(path, state)
+    return state
+
+
+def clean_processes() -> Any:
+    """Processes without threads of this one, that need not import torch and diffusers again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "tests.small_train",
+            "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+            "transformers.models.clip",
+        ]
+    )
+    return context

@@ -177,7 +177,8 @@ def test_two_machines_without_a_shared_disk_and_one_dies(cluster: Cluster) -> No
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "2 workers with" in trained.stderr and "model  s3://bucket/model" in trained.stdout
     names = cluster.head.run([sys.executable, "-c", LISTED], env=cluster.s3).stdout.split()
-    assert {"model/model_index.json", "model/checkpoints/000015/trainer.pt", "model/latents/made.json"} <= {*names}
+    assert {"model/model_index.json", "model/checkpoints/000015/record.json", "model/latents/made.json"} <= {*names}
+    assert any(name.startswith("model/checkpoints/000015/trainer/") for name in names)
     assert not [name for name in names if name.startswith("model/start/")]
 
 

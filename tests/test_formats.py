@@ -6,6 +6,7 @@ import glob
 import json
 import re
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 import duckdb
@@ -117,6 +118,18 @@ ENERGON = """megatron-energon==7.4.1 multi-storage-client==1.3.1 bitstring==5.0.
     xattr==1.3.0 pyroute2==0.9.7 python-dateutil==2.9.0.post0 s3fs==2026.9.0 aiobotocore==3.10.0 botocore==1.43.117
     aioitertools==0.13.0 jmespath==1.1.0 wrapt==2.5.2 cffi==2.1.1 pycparser==3.0"""
 
+SIMPLETUNER = """simpletuner==4.10.1 webshart==0.6.0 trainingsample==0.3.2 accelerate==1.15.0 atomicwrites==1.4.1
+    annotated-doc==0.0.7 annotated-types==0.8.0 anyio==4.16.0 boto3==1.44.8 botocore==1.44.8 certifi==2026.10.18
+    charset-normalizer==3.5.2 click==8.5.1 diffusers==0.42.1 fastapi==0.165.0 filelock==4.2.11 fsspec==2026.9.0
+    h11==0.16.0 hf-xet==1.8.0
+    httpcore2==2.16.2 httpx2==2.16.2 huggingface-hub==2.4.0 idna==3.20 importlib-metadata==10.2.0 jinja2==3.1.6
+    jmespath==1.1.0 markupsafe==3.0.4 mpmath==1.3.0 networkx==3.6.1 numpy==2.5.5 opencv-python-headless==4.14.0.94
+    opentelemetry-api==1.45.2 packaging==26.3 pandas==2.3.3 peft==0.21.2 pillow==13.0.0 psutil==7.2.2 pydantic==2.14.4
+    pydantic-core==2.50.5 python-dateutil==4.0.0 pytz==2026.6 pyyaml==6.0.3 regex==2026.11.15 requests==2.34.2
+    s3transfer==0.19.3 safetensors==0.8.0 setuptools==84.2.1 six==1.17.0 starlette==1.10.0 sympy==1.14.0
+    tokenizers==0.23.3 torchvision==0.29.2 tqdm==4.70.1 transformers==5.23.0 truststore==0.10.5
+    typing-extensions==4.16.0 typing-inspection==0.4.5 tzdata==2026.6 urllib3==2.8.0 zipp==4.1.2"""
+
 
 def images_of(folder: Path) -> dict[str, list[str]]:
     """Key -> [sha256 of the image, caption], as our own reader has them."""
@@ -129,6 +142,18 @@ def test_webshart(packed: Path, side: SideEnvironments) -> None:
     seen = side("read_webshart.py", str(packed), "webshart==0.6.0 tqdm==4.70.1", "3.12")
     assert seen["shards"] == 3 and seen["buckets"] == 36
     assert {name.removesuffix(".jpg"): found for name, found in seen["samples"].items()} == images_of(packed)
+
+
+@pytest.mark.long
+def test_simpletuner(packed: Path, side: SideEnvironments) -> None:
+    """Its own backend, buckets and sampler: each image that has a caption. It asks for Python 3.12."""
+    torch = version("torch").partition("+")[0]
+    seen = side("read_simpletuner.py", str(packed), f"torch=={torch} {SIMPLETUNER}", "3.12")
+    rows = pads.dataset(sorted(map(str, packed.glob("*.parquet")))).to_table().to_pylist()
+    images = images_of(packed)
+    assert seen["samples"] == {
+        f"{r['key']}.jpg": [images[r["key"]][0], r["width"], r["height"], r["caption"]] for r in rows if r["caption"]
+    }
 
 
 @pytest.mark.long

@@ -333,3 +333,29 @@ def test_it_fits_narrow_and_wide_windows(page: Any, served: Served, tmp_path: Pa
         "all => all.filter((e) => !e.labels.length).map((e) => e.id)"
     )
     assert unnamed == []
+
+
+def test_what_a_family_can_not_do_is_not_offered(browser: Any, tmp_path: Path) -> None:
+    from tests.small_pipelines import save_pipeline
+    from train.generate.sampler import Sampler
+
+    shows = {"chroma": ["leave-out"], "flux": ["well", "again", "enlarge"]}
+    for family, ids in shows.items():
+        with serving(Sampler(save_pipeline(family, tmp_path / family)), tmp_path / f"{family}-out") as served:
+            page = browser.new_page()
+            open_page(page, served)
+            draw(page, "a red disc")
+            for id in ("well", "again", "enlarge", "leave-out"):
+                assert page.locator(f"#{id}").is_visible() == (id in ids), (family, id)
+            facts = newest(served)
+            assert (facts["scheduler"], facts["steps"]) == (
+                "FlowMatchEulerDiscreteScheduler",
+                served.service.model().defaults.steps,
+            )
+            if family == "chroma":
+                data = base64.b64encode(max(served.service.out.glob("*.png")).read_bytes()).decode()
+                with served.client() as client:
+                    answer = client.post("/api/jobs", json={"prompt": "a", "image": data})
+                assert answer.status_code == 422 and "has no image-to-image" in answer.text
+            page.close()
+            assert not served.faults

@@ -20,9 +20,10 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipelines.cli import main
-from tests.small_train import make_images
+from tests.small_train import make_images, saved_state
 from train import checkpoint
 from train.models.presets import PRESETS
 from train.models.unet import load_model
@@ -85,9 +86,7 @@ def wait_for_step(model: Path, step: int, process: subprocess.Popen[str]) -> Non
 
 
 def weights(model: Path) -> list[torch.Tensor]:
-    there = checkpoint.checkpoints(model)
-    state = torch.load(there[max(there)] / "trainer.pt", weights_only=True)
-    return [*state["raw"], *state["mean"]]
+    return [t for k, t in sorted(saved_state(model).items()) if k.startswith(("raw.", "mean."))]
 
 
 def test_a_folder_of_images_becomes_a_model(images: Path, trained: Path) -> None:
@@ -391,12 +390,78 @@ def test_an_error_of_a_worker_is_no_lost_worker(images: Path, tmp_path: Path) ->
     process.communicate()
     there = checkpoint.checkpoints(out)
     folder = there[max(there)]
-    state = torch.load(folder / "trainer.pt", weights_only=True)
-    state["raw"][0] = torch.zeros(7, 7, 7, 7, 7)
-    torch.save(state, folder / "trainer.pt")
+    state = saved_state(out)
+    (file,) = (folder / "trainer").iterdir()
+    save_file({**state, "raw.denoiser.conv_in.weight": torch.zeros(7, 7, 7, 7)}, file)
     record = json.loads((folder / "record.json").read_text())
-    record["files"]["trainer.pt"] = (folder / "trainer.pt").stat().st_size
+    record["files"][f"trainer/{file.name}"] = file.stat().st_size
     (folder / "record.json").write_text(json.dumps(record))
     again = train(images, "--out", out, *LONG, "--workers", 2)
     _, said = again.communicate(timeout=300)
     assert again.returncode == 1 and "a worker was lost" not in said, said
+
+
+# ----------------------------------------------------------------------------------------------------------- torchrun
+
+
+def torchrun(*words: Any, restarts: int = 0) -> subprocess.Popen[str]:
+    """The command in two processes of torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), "-m", "pipelines.cli", "train", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def processes_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Those that torchrun has started, by their ranks."""
+    found = [p for p in psutil.Process(process.pid).children() if "pipelines.cli" in " ".join(p.cmdline())]
+    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [[], ["--shard"]], ids=["replicated", "sharded"])
+def test_torchrun_makes_the_model_that_one_process_makes_and_one_voice_is_heard(
+    images: Path, tmp_path: Path, how: list[str]
+) -> None:
+    words = [*DEBUG, "--steps", "6"]
+    alone = train(images, "--out", tmp_path / "one", *words)
+    assert alone.wait() == 0, alone.communicate()
+    together = torchrun(images, "--out", tmp_path / "two", *words, *how)
+    out, said = together.communicate(timeout=300)
+    assert together.returncode == 0, said
+    assert out.count("trained 6 steps") == 1 and said.count("step 6/6") == 1 and "2 processes with the CPU each" in said
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
+    apart = torch.cat([(a - b).flatten() for a, b in zip(*map(weights, (tmp_path / "one", tmp_path / "two")))])  # noqa: B905
+    assert float(apart.square().mean().sqrt()) < 1e-6 and float(apart.abs().max()) < 1e-4
+    assert load_model(tmp_path / "two").unet.config.sample_size == 16
+    refused = torchrun(images, "--out", tmp_path / "three", *words, "--workers", "3")
+    _, said = refused.communicate(timeout=300)
+    assert refused.returncode != 0 and "torchrun has started 2 processes" in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("whom", [0, 1])
+def test_torchrun_starts_all_again_from_the_checkpoint_where_one_is_killed(
+    images: Path, unkilled: Path, tmp_path: Path, whom: int
+) -> None:
+    out = tmp_path / "model"
+    process = torchrun(images, "--out", out, *LONG, restarts=1)
+    wait_for_step(out, 45, process)
+    processes_of(process)[whom].kill()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "goes on from step 40, " in said
+    assert [s for s, _ in losses(out)] == [s for s, _ in losses(unkilled)]
+    assert np.allclose(losses(out), losses(unkilled), atol=1e-3)
+
+
+@pytest.mark.long
+def test_ctrl_c_under_torchrun_saves_a_checkpoint(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    process = torchrun(images, "--out", out, *DEBUG, "--steps", "5000", "--save-every", "5000")
+    wait_for_step(out, 100, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    there = checkpoint.checkpoints(out)
+    assert len(there) == 1 and max(there) >= 100, said
+    assert not (out / "model_index.json").exists()

@@ -12,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from aesthetic.errors import UserError
 from curate.sheets import sheet
@@ -29,6 +29,7 @@ from train.data import Batch, Ints, Stream, TrainDataset, ordered_batches
 from train.devices import autocast, out_of_memory
 from train.metrics import RecordLog, TrainMeter
 from train.optimizer import new_optimizer, set_rate
+from train.parallel import Alone, join, peers, rank_and_size
 from train.places import shown
 from train.tasks import Task, slice_batch
 
@@ -52,6 +53,7 @@ class LoopConfig:
     seed: int = 0
     checkpointing: bool = False  # gradients recomputed: less memory, a third slower
     compile: bool = False  # torch.compile
+    shard: bool = False  # each rank holds a share of the model: for one that does not fit on one device
     log_every: int = 10
     held_out_every: int = 0  # steps between measurements of held-out loss; 0: at checkpoints
     preview_every: int = 0  # steps between grids of generated images; 0: at checkpoints
@@ -70,16 +72,12 @@ class LoopConfig:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: all that changes the numbers."""
         free = {"log_every", "held_out_every", "preview_every", "save_every", "keep"}
-        free |= {"micro_batch", "checkpointing", "compile"} | (set() if self.muon else {"muon"})
+        free |= {"micro_batch", "checkpointing", "compile", "shard"} | (set() if self.muon else {"muon"})
         return {k: v for k, v in asdict(self).items() if k not in free}
 
 
 class Diverged(UserError):
     """The loss or the gradient is not a number any more; says at which step and with which samples."""
-
-
-class PeerLost(RuntimeError):
-    """Another of the processes that train together is gone, so that they can't add up."""
 
 
 class Ema:
@@ -155,7 +153,15 @@ def train(
     not fit, Diverged.
     """
     rank, ranks = rank_and_size()
-    params = [p for p in task.module.parameters() if p.requires_grad]
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    for module in task.modules.values():
+        module.train()
+        if config.checkpointing:  # by the name that diffusers or transformers gives it
+            next((getattr(module, name) for name in names if hasattr(module, name)), lambda: None)()
+    micro_batch = config.micro_batch or math.ceil(config.batch / ranks)
+    workers = join(task, shard=config.shard, compile=config.compile)
+    trained = {name: p for name, p in task.module.named_parameters() if p.requires_grad}
+    params = list(trained.values())
     device = params[0].device
     rates = {"lr": config.lr, "muon": config.muon, "weight_decay": config.weight_decay}
     optimizer = new_optimizer(params, task.matrices(), **rates)
@@ -165,23 +171,11 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, (config.keep + 2) * 5 * 4 * sum(p.numel() for p in params))  # raw, average, two moments; EMA
     step, cursor = 0, (0, 0)
-    micro_batch = config.micro_batch or math.ceil(config.batch / ranks)
-    if state := checkpoint.load_state(folder, facts["config"]):
-        step, cursor = state["step"], tuple(state["cursor"])
-        with torch.no_grad():
-            for p, raw, mean, average in zip(params, state["raw"], state["mean"], ema.mean, strict=True):
-                p.copy_(raw)
-                average.copy_(mean)
-        optimizer.load_state_dict(state["optimizer"])
+    if before := checkpoint.last_record(folder, facts["config"]):
+        step, cursor = before["step"], tuple(before["cursor"])
+        _make_moments(optimizer, params)
+        checkpoint.load_tensors(checkpoint.path_of(folder, step), _state(trained, ema, optimizer))
     log = RecordLog(folder / "log.jsonl", step) if rank == 0 else None
-
-    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
-    for module in task.modules.values():
-        module.train()
-        if config.checkpointing:  # by the name that diffusers or transformers gives it
-            next((getattr(module, name) for name in names if hasattr(module, name)), lambda: None)()
-        if config.compile:
-            module.compile()
 
     batches = stream.batches(cursor)
     meter = TrainMeter(config.steps, config.batch, device, checkpointing=config.checkpointing)
@@ -189,47 +183,51 @@ def train(
         while step < config.steps:
             batch = meter.wait_for(lambda: next(batches))
             set_rate(optimizer, learning_rate(config, step))
-            loss, micro_batch = _backward(task, batch, config, step, micro_batch, params)
-            all_reduce([*(p.grad for p in params if p.grad is not None), loss])
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, config.clip)
-            if not math.isfinite(value := float(loss)) or not math.isfinite(float(grad_norm)):
-                raise _diverged(folder, step, batch, value, float(grad_norm), rank)
+            loss, micro_batch, stopped = _backward(workers, batch, config, step, micro_batch, should_stop)
+            with peers():
+                grad_norm = float(_whole(torch.nn.utils.clip_grad_norm_(params, config.clip)))
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                raise _diverged(folder, step, batch, loss, grad_norm, rank)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step, cursor = step + 1, batch.cursor
             ema.update(step)
-            meter.add_step(value)
+            meter.add_step(loss)
 
             last = step == config.steps
-            stopped = not last and rank == 0 and should_stop()
+            takes_part = rank == 0 or workers.sharded  # in what one process does for all
             save = last or stopped or _is_due(config.save_every, step)
             record: dict[str, Any] = {"stopped": True} if stopped else {}
-            with meter.excluded(), torch.compiler.set_stance("force_eager"):  # not compiled again for other shapes
+            # not compiled again for other shapes
+            with meter.excluded(), peers(), torch.compiler.set_stance("force_eager"):
                 if not stopped:  # whoever stops a run does not want to wait
                     if held_out is not None and len(held_out) and (save or _is_due(config.held_out_every, step)):
                         record["held_out"] = _held_out_loss(
                             task, stream.dataset, held_out, config.seed, micro_batch, ema, device
                         )
-                    if rank == 0 and (save or _is_due(config.preview_every, step)):
+                    if takes_part and (save or _is_due(config.preview_every, step)):
                         with ema.applied(), autocast(device):
                             rows = task.preview(prompts, seeds)
-                        path = folder / "samples" / f"{step:06d}.png"
-                        record["samples"] = shown(sheet(path, f"after {step:,} steps", rows))
-            save = save and rank == 0
+                        if rank == 0:
+                            path = folder / "samples" / f"{step:06d}.png"
+                            record["samples"] = shown(sheet(path, f"after {step:,} steps", rows))
+            save = save and takes_part
             if record or save or last or step % config.log_every == 0:
-                record = {**meter.record(task, batch, step, grad_norm), **record}
+                with peers():
+                    record = {**meter.record(task, batch, step, grad_norm), **record}
                 record |= {"epoch": cursor[0], "micro_batch": micro_batch, "lr": learning_rate(config, step - 1)}
                 if save:
                     record["checkpoint"] = shown(checkpoint.path_of(folder, step))
-                with meter.excluded():
+                with meter.excluded(), peers():
                     if log:  # before the checkpoint: a run that goes on drops lines, and can't make up for one
                         log.write(record, sync=save)
                     if save:
-                        state = {"step": step, "cursor": list(cursor), "optimizer": optimizer.state_dict()}
-                        state |= {"raw": [p.detach().clone() for p in params], "mean": list(ema.mean)}
-                        known = {**facts, "held_out": record.get("held_out")}
-                        with ema.applied():
-                            checkpoint.save(folder, step, task.save, state, known, keep=config.keep)
+                        known = {**facts, "cursor": list(cursor), "held_out": record.get("held_out")}
+                        state = _state(trained, ema, optimizer)
+                        checkpoint.save(
+                            folder, step, _export(workers, ema), state, known,
+                            together=workers.sharded, keep=config.keep,
+                        )  # fmt: skip
                     yield record
                 if stopped:
                     return
@@ -254,37 +252,94 @@ def _is_due(every: int, step: int) -> bool:
 
 
 def _backward(
-    task: Task, batch: Batch, config: LoopConfig, step: int, micro_batch: int, params: list[nn.Parameter]
-) -> tuple[Tensor, int]:
-    """Gradients of this rank's part of the mean loss over the whole batch; that part, and the micro-batch that fitted.
+    workers: Alone, batch: Batch, config: LoopConfig, step: int, micro_batch: int, should_stop: Callable[[], bool]
+) -> tuple[float, int, bool]:
+    """Gradients of the mean loss over the whole batch; that loss, the micro-batch that fitted, whether to stop.
 
-    Each sample counts 1 / batch whatever rank and micro-batch it is in: their sum is the gradient of the mean.
+    Each sample counts 1 / batch whatever rank and micro-batch it is in: their sum is the gradient of the mean. A rank
+    where memory runs out says so with its part of the loss; then all try again with half the micro-batch.
     """
-    device = params[0].device
+    params = list(workers.task.module.parameters())
+    device, count = params[0].device, len(batch.keys)
     while True:
+        total, failed = torch.zeros((), device=device), False
         try:
-            total = torch.zeros((), device=device)
-            for start in range(0, len(batch.keys), micro_batch):
-                with autocast(device):
-                    part_of_batch = slice_batch(batch, start, start + micro_batch)
-                    losses = task.module(*task.inputs(part_of_batch, config.seed, step))
-                part = losses.sum() / config.batch
-                part.backward()
-                total += part.detach()
-            return total, micro_batch
+            for start in range(0, count, micro_batch):
+                with peers(), workers.exchanging(start + micro_batch >= count):
+                    total += _pass(workers, slice_batch(batch, start, start + micro_batch), config, step, device)
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e):
                 raise
-            if micro_batch == 1:
+            if workers.sharded:
                 raise UserError(
-                    "one sample at a time does not fit into memory. A smaller preset, or checkpointing, would help."
+                    f"{micro_batch} images at a time do not fit into memory. --micro-batch {max(1, micro_batch // 2)}, "
+                    f"--checkpointing or more workers would help."
                 ) from e
-        for p in params:  # outside of the except block, which holds on to the tensors of the failed pass
-            p.grad = None
-        gc.collect()  # what cycles of the failed pass hold on to
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        micro_batch = max(1, min(micro_batch, len(batch.keys)) // 2)
+            failed = True
+        if failed:  # outside of the except block, which holds on to the tensors of the failed pass
+            _forget(params)
+            workers.give_up()
+        stop = rank_and_size()[0] == 0 and step + 1 < config.steps and should_stop()
+        loss, failures, stopped = workers.sum(float(total), failed, stop)
+        if not failures:
+            return loss, micro_batch, bool(stopped)
+        if micro_batch == 1:
+            raise UserError("one sample at a time does not fit into memory. A smaller preset, or checkpointing, helps.")
+        _forget(params)
+        workers.start_again()
+        micro_batch = max(1, min(micro_batch, count) // 2)
+
+
+def _pass(workers: Alone, batch: Batch, config: LoopConfig, step: int, device: torch.device) -> Tensor:
+    with autocast(device):
+        part = workers.module(*workers.task.inputs(batch, config.seed, step)).sum() / config.batch
+    part.backward()
+    return part.detach()
+
+
+def _forget(params: Sequence[nn.Parameter]) -> None:
+    """Gradients, and what cycles of a failed pass hold on to."""
+    for p in params:
+        p.grad = None
+    gc.collect()
+    if params[0].device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, as one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _make_moments(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> None:
+    """Have an optimizer make its state, which a checkpoint is read into; the parameters are read then too."""
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _state(trained: Mapping[str, nn.Parameter], ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """By name all tensors that training goes on from: raw and averaged weights, and what the optimizer keeps of each.
+
+    They share memory with those in use.
+    """
+    state = {f"raw.{name}": p.detach() for name, p in trained.items()}
+    state |= {f"mean.{name}": mean for name, mean in zip(trained, ema.mean, strict=True)}
+    for name, p in trained.items():
+        state |= {f"{kind}.{name}": t.view(1) if t.dim() == 0 else t for kind, t in optimizer.state[p].items()}
+    return state
+
+
+def _export(workers: Alone, ema: Ema) -> Callable[[Path], None]:
+    """What writes the models of a checkpoint, with the averaged weights."""
+
+    def write(folder: Path) -> None:
+        with ema.applied(), workers.whole() as first:
+            if first:
+                workers.task.save(folder)
+
+    return write
 
 
 @torch.no_grad()
@@ -320,31 +375,3 @@ def _diverged(folder: Path, step: int, batch: Batch, loss: float, grad_norm: flo
         f"{'and others ' if len(batch.keys) > 5 else ''}(all in {path}). Nothing of this step was kept. "
         f"A lower lr or clip, or the removal of a broken image, would help; the last checkpoint is whole."
     )
-
-
-# ---------------------------------------------------------------------------------------------- several processes
-
-
-def rank_and_size() -> tuple[int, int]:
-    """Which of the processes this is, from 0 on, and how many there are."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def all_reduce(tensors: list[Tensor]) -> None:
-    """Replace each tensor, in place, by its sum over all processes. They have the same shapes everywhere.
-
-    One message of all of them, laid end to end: a model has hundreds of small tensors. Raises PeerLost.
-    """
-    if rank_and_size()[1] == 1:
-        return
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    try:
-        dist.all_reduce(flat)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as e:  # gloo's and nccl's, which have no class of their own for it
-        raise PeerLost(f"another worker is gone: {e}") from e
-    for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        t.copy_(total.view_as(t))

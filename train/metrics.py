@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from aesthetic.errors import UserError
 from aesthetic.files import atomic
@@ -74,7 +74,7 @@ class TrainMeter:
         self._losses.append(loss)
         self._done += 1
 
-    def record(self, task: Task, batch: Batch, step: int, grad_norm: Tensor) -> dict[str, Any]:
+    def record(self, task: Task, batch: Batch, step: int, grad_norm: float) -> dict[str, Any]:
         """The figures of the steps since the last record."""
         now, steps = time.perf_counter(), len(self._losses)
         seconds = now - self._since
@@ -89,7 +89,7 @@ class TrainMeter:
             "step": step,
             "steps": self._steps,
             "loss": sum(self._losses) / steps,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "img_s": images_per_s,
             "tflop_s": images_per_s * self._flops / 1e12,
             "mfu": images_per_s * self._flops / self._peak if self._peak else None,
@@ -114,7 +114,12 @@ def training_flops(task: Task, batch: Batch, *, checkpointing: bool = False) -> 
         with autocast(trained[0].device):
             loss = task.module(*task.inputs(slice_batch(batch, 0, 1), 0, 0)).sum()
         forward = counter.get_total_flops()
-        torch.autograd.grad(loss, trained, allow_unused=True)
+        if isinstance(trained[0], DTensor):  # whose gradients are made in its own hooks, and by all processes
+            loss.backward()
+            for p in trained:
+                p.grad = None
+        else:
+            torch.autograd.grad(loss, trained, allow_unused=True)
         backward = counter.get_total_flops() - forward
     return forward + backward * (2 / 3 if checkpointing else 1)  # 2 forward passes' worth of its 3
 

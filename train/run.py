@@ -38,7 +38,7 @@ from train.data import (
     split,
 )
 from train.latents import LatentDataset, Tell, latents_size, precompute_latents, shards_of, write_shard
-from train.loop import LoopConfig, rank_and_size, train
+from train.loop import LoopConfig, train
 from train.models.base import count_parameters
 from train.models.family import family_of, new_model
 from train.models.files import model_folder
@@ -46,6 +46,7 @@ from train.models.info import training_record
 from train.models.presets import Preset
 from train.models.release import is_released, release
 from train.objective import GAMMA, objective_of
+from train.parallel import rank_and_size
 from train.places import shown
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, psnr
 
@@ -194,7 +195,9 @@ class TrainRun:
         self.vae_loop: LoopConfig | None = None
         if own_vae:  # a fifth of the steps, at twice the rate: no attention in it that could take offence
             steps = max(1, loop.steps // 5)
-            self.vae_loop = replace(loop, steps=steps, lr=2 * loop.lr, preview_every=0, save_every=max(1, steps // 4))
+            self.vae_loop = replace(
+                loop, steps=steps, lr=2 * loop.lr, preview_every=0, save_every=max(1, steps // 4), shard=False
+            )  # it is small
 
         facts = read_json(out / "data.json")
         left_out = {*facts["held_out"], *map(int, facts["unreadable"])}

@@ -40,7 +40,8 @@ _HELD_OUT = 2**32  # no step has this number
 class Task(Protocol):
     """What the loop trains."""
 
-    modules: dict[str, nn.Module]  # the models that take part, by name
+    pipeline: Any  # of diffusers
+    modules: dict[str, nn.Module]  # its models that take part, by name
 
     @property
     def module(self) -> nn.Module:

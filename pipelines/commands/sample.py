@@ -25,7 +25,20 @@ if TYPE_CHECKING:
     from train.generate.sampler import Generated, Sampler
     from train.models.info import ModelInfo
 
-STAYS = ("model", "out", "again", "image", "mask", "lora", "upscaler", "faces", "show_flagged", "verbose", "json")
+STAYS = (
+    "model",
+    "out",
+    "again",
+    "image",
+    "mask",
+    "lora",
+    "embedding",
+    "upscaler",
+    "faces",
+    "show_flagged",
+    "verbose",
+    "json",
+)
 """What may be given beside --again: where things are, not how the image is generated."""
 
 
@@ -72,6 +85,7 @@ class SampleOptions(Options):
         "restore faces with GFPGAN's weights (extra `upscale`)", metavar="FILE", type=input_file
     )
     lora: tuple[str, ...] = option("repeatable", default=(), metavar="PATH[:WEIGHT]")
+    embedding: tuple[str, ...] = option("a word (textual inversion); repeatable", default=(), metavar="FILE")
     grid: bool = option("all images in one file, too", default=False)
     show_flagged: bool = option("do not blur what the NSFW detector flags", default=False)
 
@@ -86,6 +100,7 @@ def run(options: SampleOptions) -> Result:
     from train.generate.files import grid_png, read_facts, read_image, read_mask, save_numbered
     from train.generate.request import check_scheduler, foreign_syntax, request_of, resolve
     from train.generate.upscale import check_network
+    from train.models.embeddings import read_embedding
     from train.models.info import read_model_info
     from train.models.lora import check_lora, parse_lora
 
@@ -102,6 +117,9 @@ def run(options: SampleOptions) -> Result:
     loras = [parse_lora(text) for text in options.lora]
     for lora in loras:
         check_lora(info, lora)
+    embeddings = [here(text) for text in options.embedding]
+    for path in embeddings:
+        read_embedding(info, path)
     image = read_image(options.image) if options.image else None
     mask = read_mask(options.mask) if options.mask else None
     requests = [request_of(record, image, mask)] if record else _requests(options, prompts, info, image, mask, err)
@@ -117,6 +135,7 @@ def run(options: SampleOptions) -> Result:
         sampler = Sampler(
             info,
             loras=loras,
+            embeddings=embeddings,
             upscaler=options.upscaler,
             faces=options.faces,
             batch=options.batch or 1,
@@ -237,6 +256,12 @@ def _from_record(options: SampleOptions, record: dict[str, Any]) -> SampleOption
             if not lora.path.exists() or sha256_file(lora.file) != fact["sha256"]:
                 raise UserError(f"the LoRA {lora.path} is not there any more, or another one: say where with --lora")
         found["lora"] = tuple(f"{fact['name']}:{fact.get('weight', 1.0)}" for fact in record.get("loras", ()))
+    if not options.embedding:
+        for fact in record.get("embeddings", ()):
+            path = here(fact["name"])
+            if not path.is_file() or sha256_file(path) != fact["sha256"]:
+                raise UserError(f"{path} is not there any more, or another file: say where with --embedding")
+        found["embedding"] = tuple(fact["name"] for fact in record.get("embeddings", ()))
     return replace(options, **found)
 
 

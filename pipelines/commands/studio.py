@@ -35,8 +35,8 @@ def run(options: StudioOptions) -> Result:
     check_serving(options)
     if options.model is not None and options.read_only:
         raise UserError("--model draws, and --read-only writes nothing: give one of them")
-    if options.model is None and (options.lora or options.show_flagged):
-        raise UserError("--lora and --show-flagged are for drawing: give a --model too")
+    if options.model is None and (options.lora or options.embedding or options.show_flagged):
+        raise UserError("--lora, --embedding and --show-flagged are for drawing: give a --model too")
     from curate.store.ownership import open_data
 
     data = open_data(options.data)

@@ -37,10 +37,12 @@ from pipelines.options import (
     read_prompts,
 )
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
+from pipelines.runtime.torchrun import launched
 from train.places import bring, bring_images, discard, local_folder, push, shown
 
 if TYPE_CHECKING:
     from curate.sources.dataset import MapDataset
+    from pipelines.runtime.torchrun import ProcessGroup
     from pipelines.runtime.trainers import Trainer
     from train.devices import FreeCores
     from train.loop import LoopConfig
@@ -99,6 +101,7 @@ class TrainOptions(Options):
     )
     look_every: int | None = option("steps between images (default: at checkpoints)", metavar="N", type=positive_int)
     micro_batch: int | None = option("images at a time on a worker, to save memory", metavar="N", type=positive_int)
+    shard: bool = option("share out the model among workers (FSDP): for one too large for one GPU", default=False)
     checkpointing: bool = option("recompute activations: less memory, a third slower", default=False)
     compile: bool = option("torch.compile: minutes at first, then faster on GPUs", default=False)
     tensorboard: bool = option("write MODEL/tensorboard too (extra `tensorboard`)", default=False)
@@ -111,6 +114,24 @@ def run(options: TrainOptions) -> Result:
 
     Raises UserError before anything is written where data, options or folder do not fit; DiskFull; Diverged.
     """
+    if (launch := launched()) is None:
+        return _run(options, None)
+    from pipelines.runtime.torchrun import ProcessGroup, follow
+
+    rank, size = launch
+    if options.address or options.workers not in (None, size):
+        raise UserError(f"torchrun has started {size} processes: --workers and --ray-address are for Ray")
+    group = ProcessGroup()
+    if rank:
+        follow(group)
+        return Result(own_json=True)
+    try:
+        return _run(replace(options, workers=size), group)
+    finally:
+        group.close()
+
+
+def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
     from train.devices import FreeCores
 
     free = FreeCores()
@@ -148,7 +169,7 @@ def run(options: TrainOptions) -> Result:
         facts = record or {"settings": settings, "started": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(options.out / "train.json", facts)
         try:
-            train_run, trainer = _prepare(resolved, samples, prompts, facts, free, terminal, stack)
+            train_run, trainer = _prepare(resolved, samples, prompts, facts, free, terminal, stack, group)
         except (UserError, DiskFull):
             if record is None:
                 folder.undo(["train.json", "data.json", "start", "logs"])
@@ -188,6 +209,11 @@ def check_options(options: TrainOptions) -> None:
     check_free(store_at(options.out), "model")
     if options.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard: it is not installed here: `pip install 'tastemaker[tensorboard]'`")
+    if options.shard and options.address and store_at(options.out).url is not None:
+        raise UserError(
+            f"--shard: each worker writes its part of a checkpoint, and all must see {shown(options.out)}: "
+            "give a folder that the cluster's machines share"
+        )
     if options.lr is not None and not options.lr > 0:
         raise UserError(f"--lr {options.lr}: a number above 0 is expected")
     if options.workers and options.batch and options.batch % options.workers:
@@ -257,6 +283,8 @@ def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
         batch = max(workers, batch - batch % workers)
     if batch > len(samples):
         raise UserError(f"--batch {batch} is more than the {len(samples)} images in {samples.folder}")
+    if options.shard and _is_alone(options):
+        raise UserError("--shard shares out a model among workers: say how many with --workers, or use torchrun")
     steps = options.steps or (preset.steps if preset else FROM_STEPS)
     return replace(
         options,
@@ -273,6 +301,12 @@ def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
         lr=options.lr or (preset.lr if preset else further_lr(str(start), lora=options.lora is not None)),
         save_every=options.save_every or min(1000, max(10, steps // 5)),
     )
+
+
+def _is_alone(options: TrainOptions) -> bool:
+    import torch
+
+    return options.address is None and (options.workers or torch.cuda.device_count()) <= 1
 
 
 def _whole_path(name: str | None) -> str | None:
@@ -298,6 +332,7 @@ def _loop_config(resolved: TrainOptions) -> LoopConfig:
         seed=resolved.seed,
         checkpointing=resolved.checkpointing,
         compile=resolved.compile,
+        shard=resolved.shard,
         log_every=max(1, min(50, steps // 40)),
         preview_every=resolved.look_every or 0,
         save_every=resolved.save_every,
@@ -315,11 +350,13 @@ def _prepare(
     free: FreeCores,
     terminal: IO[str],
     stack: contextlib.ExitStack,
+    group: ProcessGroup | None,
 ) -> tuple[TrainRun, Trainer]:
     """All that can be refused, and all that is done once; adds to `facts` what is known then."""
     import torch
 
     from pipelines.runtime.nodes import place_of
+    from pipelines.runtime.torchrun import TorchrunTrainer
     from pipelines.runtime.trainers import LocalTrainer, TrainJob, ray_trainer
     from train.data import sampling_weights
     from train.devices import default_device, set_threads, versions
@@ -370,8 +407,8 @@ def _prepare(
         data=place_of(store_at(resolved.data)),
         model=place_of(store_at(out)),
     )
-    alone = resolved.address is None and (resolved.workers or torch.cuda.device_count()) <= 1
-    device = default_device() if alone else torch.device("cpu")
+    alone = _is_alone(resolved)
+    device = default_device() if alone else group.device if group else torch.device("cpu")
     by = str(device)
     if alone and device.type == "cpu":
         threads, words = set_threads(facts.get("threads"), free)
@@ -382,7 +419,9 @@ def _prepare(
     train_run.check_space()
     trainer: Trainer = LocalTrainer(train_run, by)
     push(out)  # workers begin with it
-    if not alone:
+    if group:
+        trainer = TorchrunTrainer(group, job, train_run, resolved.workers or 1)
+    elif not alone:
         trainer = stack.enter_context(ray_trainer(job, train_run, say))
     facts |= {"data": train_run.data_facts(), "made_with": versions(), "by": trainer.about}
     facts |= {"size": train_run.size, "prompts": list(prompts)}
@@ -470,12 +509,14 @@ def _stop_on_signal(terminal: IO[str], folder: Path) -> Iterator[Callable[[], bo
 
     if last := checkpoint.last(folder):
         terminal.write(f"goes on from step {int(last.name):,}, {last}\n")
-    received: list[int] = []
+    received: list[float] = []  # when
 
     def receive(number: int, frame: object) -> None:
-        if received:
+        if received and not (launched() and time.monotonic() - received[0] < 2):  # Ctrl-C comes from torchrun as well
             raise KeyboardInterrupt
-        received.append(number)
+        if received:
+            return
+        received.append(time.monotonic())
         os.write(terminal.fileno(), b"\nending after this step, with a checkpoint; once more: at once\n")
 
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()

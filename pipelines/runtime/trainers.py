@@ -29,14 +29,16 @@ from pipelines.runtime.pool import Pool, Staff, Stage
 from train.data import open_samples
 from train.devices import default_device
 from train.latents import Tell
-from train.loop import LoopConfig, PeerLost, rank_and_size
+from train.loop import LoopConfig
 from train.models.family import load_model
 from train.models.presets import PRESETS
+from train.parallel import PeerLost, rank_and_size
 from train.places import bring, push
 from train.run import Record, ShouldStop, TrainRun
 
 if TYPE_CHECKING:
     from pipelines.commands.train import TrainOptions
+    from pipelines.runtime.torchrun import TorchrunTrainer
 
 RESTARTS = 8
 """Times that Ray starts all workers again after it lost one; then the driver ends, and the same command goes on."""
@@ -112,7 +114,7 @@ STARTED = "started"
 """The message that workers begin with."""
 
 
-Trainer: TypeAlias = "LocalTrainer | RayTrainer"
+Trainer: TypeAlias = "LocalTrainer | RayTrainer | TorchrunTrainer"
 
 
 @contextlib.contextmanager

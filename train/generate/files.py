@@ -162,6 +162,7 @@ class ImageFacts(_Facts):
     model: _Weights
     nsfw: _Safety
     loras: Annotated[list[_Weights], Field(max_length=100)] = []
+    embeddings: Annotated[list[_Weights], Field(max_length=100)] = []
     upscaler: _Weights | None = None
     faces: _Weights | None = None
     made_with: dict[str, str] = {}

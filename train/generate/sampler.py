@@ -34,6 +34,7 @@ from train.generate.calls import call_arguments
 from train.generate.reading import PromptReading
 from train.generate.request import GenerationRequest, check_scheduler, facts_of, resolve
 from train.generate.upscale import Network, by_tiles, restore_faces, tile_starts, tiles_cost
+from train.models.embeddings import add_embeddings, read_embedding
 from train.models.info import ModelInfo, read_model_info
 from train.models.load import check_fits, load_pipeline, pipelines_with_images
 from train.models.lora import Lora, add_loras, check_lora
@@ -79,6 +80,7 @@ class Sampler:
         model: ModelInfo | str | Path,
         *,
         loras: Sequence[Lora] = (),
+        embeddings: Sequence[Path] = (),
         upscaler: Path | None = None,
         faces: Path | None = None,
         batch: int = 1,
@@ -90,6 +92,7 @@ class Sampler:
         """Load a model. Raises UserError where it, a LoRA or other weights can't be loaded.
 
         Args:
+            embeddings: textual inversions, words that files teach the model.
             upscaler: weights that enlarge (ESRGAN and its like), in place of Lanczos.
             faces: weights that restore faces (GFPGAN), applied to every image.
             batch: images that are generated at once at most.
@@ -105,6 +108,8 @@ class Sampler:
         self._overlap = max(8, min(self.tile) // 8)  # pixels by which tiles do: an eighth, 64 of 512
         for lora in self.loras:
             check_lora(self.info, lora)
+        words = [read_embedding(self.info, path) for path in embeddings]
+        self.embeddings = tuple(embeddings)
         self.device = device or devices.default_device()
         self.dtype = devices.precision(self.device, self.info)
         self._precision = str(self.dtype).removeprefix("torch.")
@@ -123,6 +128,7 @@ class Sampler:
         self._on_note: OnNote | None = None
         self._said: set[str] = set()
         self.notes = add_loras(self._text, self.loras, self.info.name)  # what is to be said, a line each
+        self.notes += add_embeddings(self._text, words)
         parts = [getattr(self._text, name) for name in self.info.configs]
         for part in parts:
             part.requires_grad_(False).eval()
@@ -368,6 +374,7 @@ class Sampler:
             "loras": [
                 {"name": in_urls(str(x.path)), "weight": x.weight, "sha256": sha256_file(x.file)} for x in self.loras
             ],
+            "embeddings": [{"name": in_urls(str(path)), "sha256": sha256_file(path)} for path in self.embeddings],
             **{
                 name: None if path is None else {"name": in_urls(str(path)), "sha256": sha256_file(path)}
                 for name, path in self._extra_weights.items()

@@ -11,22 +11,23 @@ import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import check_regular, first_three, open_regular, parse_json, printable, read_json_file
-from curate.weight_files import WeightsHeader, not_numbers, read_header, read_tensor, weights_header
+from curate.weight_files import TensorEntry, WeightsHeader, not_numbers, read_header, read_tensor, weights_header
+from train.models.abilities import STABLE_DIFFUSION
 from train.models.files import model_folder
 from train.models.info import ModelInfo
+from train.models.lora_names import renamed_lora
+from train.models.others import DENOISERS
 from train.models.release import LORA_FILE
 
 if TYPE_CHECKING:
     import torch
-
-PARTS = ("unet", "text_encoder")
 
 LARGEST_WEIGHT = 100.0
 """Of a LoRA, with either sign: 1 is what it was trained for, and beyond 2 little is left of an image."""
@@ -86,8 +87,9 @@ _TENSOR = re.compile(
 """How a tensor's name ends."""
 
 _PREFIXES = (
-    ("lora_unet_", "unet"), ("lora_te1_", "text_encoder"), ("lora_te_", "text_encoder"), ("lora_te2_", ""),
-    ("unet.", "unet"), ("text_encoder.", "text_encoder"), ("text_encoder_2.", ""), ("transformer.", ""),
+    ("lora_unet_", "unet"), ("lora_te1_", "text_encoder"), ("lora_te_", "text_encoder"),
+    ("lora_te2_", "text_encoder_2"), ("unet.", "unet"), ("text_encoder.", "text_encoder"), ("text_encoder_2.", ""),
+    ("transformer.", ""),
 )  # fmt: skip
 """How a tensor's name begins, and the part that it is of; "": of another kind of model."""
 
@@ -171,7 +173,7 @@ def match(
 def _place(module: str, index: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
     """(part, module of the model) of a module as a LoRA calls it."""
     parts: tuple[str, ...] = tuple(index)
-    for prefix, part in _PREFIXES:
+    for prefix, part in (*((f"{part}.", part) for part in index), *_PREFIXES):
         if module.startswith(prefix):
             parts, module = ((part,) if part in index else ()), module.removeprefix(prefix)
             break
@@ -226,16 +228,13 @@ def check_lora(info: ModelInfo, lora: Lora) -> None:
     Of a model whose weights are not in safetensors this is told when it is loaded, by `add_loras`.
     """
     check_weight(lora)
-    if not info.is_stable_diffusion:
-        raise UserError(
-            f"LoRAs are laid over models of the Stable Diffusion 1 and 2 type: {info.name} is a {info.abilities.text}"
-        )
     if lora.file.suffix != ".safetensors":
         raise UserError(f"{lora.file}: LoRAs are read from .safetensors alone, which can hold no program")
     check_regular(lora.file)
     header = read_header(lora.file)
-    _read_configs(lora.file, header)
-    headers = {part: weights_header(info.folder / part) for part in PARTS}
+    parts = _changeable(info.configs)
+    _read_configs(lora.file, header, parts)
+    headers = {part: weights_header(info.folder / part) for part in parts}
     if all(headers.values()):
         layers = {  # that a LoRA can change
             part: {
@@ -245,9 +244,47 @@ def check_lora(info: ModelInfo, lora: Lora) -> None:
             }
             for part, weights in headers.items()
         }
-        _set_scales(match(header, layers, str(lora.path), info.name), header, lora)
+        _find_layers(header, layers, lora, info.name, info.abilities.text, info.configs.get("unet"))
     for name in not_numbers(lora.file, header.tensors):
         raise UserError(f"the LoRA {lora.path} is broken: {printable(name, 100)} holds values that are no numbers")
+
+
+def _changeable(parts: Iterable[str]) -> tuple[str, ...]:
+    """Of a model's parts those that a LoRA can change: what takes the noise away, and text encoders."""
+    return tuple(part for part in parts if part in DENOISERS or part.startswith("text_encoder"))
+
+
+def _find_layers(
+    header: WeightsHeader,
+    layers: Mapping[str, Mapping[str, Sequence[int]]],
+    lora: Lora,
+    model: str,
+    kind: str,
+    unet: Mapping[str, Any] | None,
+) -> tuple[LoraLayers, dict[str, torch.Tensor] | None]:
+    """Find each tensor of a LoRA its layer, and by what it is scaled; also the tensors, where diffusers renamed them.
+
+    Args:
+        kind: the pipeline's class.
+        unet: the UNet's configuration, if there is one.
+    """
+    try:
+        found = match(header, layers, str(lora.path), model)
+        _set_scales(found, header, lora)
+        return found, None
+    except UserError:
+        renamed = None if kind in STABLE_DIFFUSION else renamed_lora(lora.file, kind, unet)
+        if renamed is None:
+            raise
+    tensors, alphas = renamed
+    shapes = {**{name: list(t.shape) for name, t in tensors.items()}, **{name: [] for name in alphas}}
+    found = match(
+        WeightsHeader({name: TensorEntry("F32", shape, 0, 0) for name, shape in shapes.items()}, {}),
+        layers, str(lora.path), model,
+    )  # fmt: skip
+    for layer in (layer for modules in found.values() for layer in modules.values()):
+        layer.scale = alphas.get(layer.alpha, float(layer.rank)) / layer.rank
+    return found, tensors
 
 
 def check_weight(lora: Lora) -> None:
@@ -267,7 +304,7 @@ class _LoraConfig:
     root: bool  # rslora: divided by the rank's root
 
 
-def _read_configs(file: Path, header: WeightsHeader) -> dict[str, _LoraConfig]:
+def _read_configs(file: Path, header: WeightsHeader, parts: Iterable[str]) -> dict[str, _LoraConfig]:
     """By part, out of the file's own metadata, as diffusers writes it, or of peft's adapter_config.json beside it."""
     beside = file.parent / "adapter_config.json"
     if (text := header.metadata.get("lora_adapter_metadata")) is not None:
@@ -278,10 +315,10 @@ def _read_configs(file: Path, header: WeightsHeader) -> dict[str, _LoraConfig]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{where}: a JSON object is expected")
-    by_part = dict.fromkeys(PARTS, content)
+    by_part = dict.fromkeys(parts, content)
     if text is not None:  # unet.lora_alpha, unet.peft_type, ...
         by_part = {part: {k.removeprefix(f"{part}."): v for k, v in content.items() if k.startswith(f"{part}.")}
-                   for part in PARTS}  # fmt: skip
+                   for part in by_part}  # fmt: skip
 
     configs = {}
     for part, config in by_part.items():
@@ -308,7 +345,7 @@ def _number(value: Any, where: str, name: str) -> float:
 
 def _set_scales(found: LoraLayers, header: WeightsHeader, lora: Lora) -> None:
     """Note by what the matrices are scaled, and read the alphas that are tensors. UserError where one can't be."""
-    configs = _read_configs(lora.file, header)
+    configs = _read_configs(lora.file, header, found)
     with open_regular(lora.file) as f:
         for part, modules in found.items():
             config = configs.get(part)
@@ -347,7 +384,9 @@ def add_loras(pipeline: Any, loras: Sequence[Lora], model: str = "the model") ->
     notes: list[str] = []
     if not loras:
         return notes
-    parts = {name: getattr(pipeline, name) for name in PARTS}
+    kind = type(pipeline).__name__
+    there = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    parts: dict[str, Any] = {name: there[name] for name in _changeable(there)}
     layers: dict[str, dict[str, Sequence[int]]] = {
         name: {
             m: list(layer.weight.shape) for m, layer in part.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
@@ -357,10 +396,10 @@ def add_loras(pipeline: Any, loras: Sequence[Lora], model: str = "the model") ->
     for number, lora in enumerate(loras):
         check_weight(lora)
         header = read_header(lora.file)
-        found = match(header, layers, str(lora.path), model)
-        _set_scales(found, header, lora)
+        unet = dict(parts["unet"].config) if "unet" in parts else None
+        found, renamed = _find_layers(header, layers, lora, model, kind, unet)
         try:
-            tensors = load_file(lora.file)
+            tensors = renamed or load_file(lora.file)
         except Exception as e:
             raise UserError(f"{lora.file} is no safetensors file, or a damaged one: {e}") from e
         if lora.weight == 0:
