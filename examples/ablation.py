@@ -127,13 +127,13 @@ def run(out: Path, settings: Settings, jobs: int) -> dict[str, Any]:
 
     curate(out, settings)
     data = Data.at(out / "data")
-    removed, chosen = {}, {}
-    for way in settings.ways:
+    removed: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
+    for way in WAYS:
         rows = judged(data, way)
-        removed[way] = [
-            {"fault": f, "rows": len(part), "kept": int(part.kept.sum())} for f, part in rows.groupby("fault")
-        ]
-        for seed in range(settings.seeds):
+        counts = rows.groupby("fault").kept.agg(["size", "sum"])
+        removed[way] = {fault: {"rows": int(n), "kept": int(kept)} for fault, n, kept in counts.itertuples()}
+        for seed in range(settings.seeds if way in settings.ways else 0):
             taken = choose(rows, way, seed, settings.chosen)
             pack_chosen(out, data, f"{way}-{seed}", taken.uid)
             chosen[f"{way}-{seed}"] = taken.fault.value_counts().to_dict()
