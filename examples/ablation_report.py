@@ -172,10 +172,11 @@ def page(report: Mapping[str, Any]) -> list[str]:
         counts = [report["chosen"][f"{way}-{seed}"] for seed in range(s["seeds"])]
         rows.append([WORDS[way], *(f"{np.mean([c.get(n, 0) for c in counts]) / chosen:.3f}" for n in names)])
     lines += [*table(head, rows), "", "## What came of it", ""]
-    lines += [
-        "Mean of seeds; below it the difference to chance with its 95% interval, bold where that leaves zero out.",
-        "",
-    ]
+    one = " With one seed it knows nothing of how models of other seeds would differ." if s["seeds"] == 1 else ""
+    lines.append(
+        "Mean of seeds; below it the difference to chance and its 95% interval, bold where zero is outside." + one
+    )
+    lines.append("")
     rows = []
     for way in s["ways"]:
         row = [WORDS[way]]
@@ -259,7 +260,7 @@ def draw_figure(report: Mapping[str, Any], path: Path) -> None:
         axes.tick_params(axis="x", labelsize=8)
         axes.locator_params(axis="x", nbins=4)
     panels[0].set_yticks(range(len(ways)), [WORDS[way] for way in ways])
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(ways) - 0.5, -0.5)
     below.supxlabel("difference to chance, 95% interval", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
