@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from aesthetic.errors import UserError
@@ -354,3 +355,15 @@ def test_the_command_trains_a_transformer_on_parts_of_others(images: Path, tmp_p
     head = load_file(text / "model.safetensors")
     assert all(torch.equal(head[f"model.{k}"], v) for k, v in made.text_encoder.state_dict().items())
     assert made.vae.config.shift_factor == 0.12 and family_of(made).default_size(made) == 32
+
+    more = ["train", str(images), "--from", str(out), "--batch", "8", "--steps", "2"]
+    assert main([*more, "--out", str(tmp_path / "further")]) == 0
+    assert main([*more, "--out", str(tmp_path / "lora"), "--lora", "2"]) == 0
+    assert not torch.equal(
+        next(load_model(tmp_path / "further").transformer.parameters()), next(made.transformer.parameters())
+    )
+    for number, name in enumerate(("further", "model")):
+        lora = ["--lora", str(tmp_path / "lora")] if name == "model" else []
+        drawn = tmp_path / f"drawn-{number}"
+        assert main(["sample", str(tmp_path / name), "a red disc", *lora, "--steps", "2", "--out", str(drawn)]) == 0
+        assert Image.open(next(drawn.glob("*.png"))).size == (32, 32)

@@ -24,6 +24,7 @@ from PIL import Image
 from aesthetic.errors import DiskFull, UserError
 from tests.small_train import clean_processes, make_images, saved_state, small_run
 from train import checkpoint
+from train.captions import first_caption
 from train.data import ImageDataset, Stream, open_samples, ordered_batches, split
 from train.devices import FreeCores
 from train.loop import Diverged, Ema, LoopConfig, learning_rate, train
@@ -313,9 +314,9 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
 
 def test_speed_waiting_and_time_left_are_what_a_clock_beside_the_loop_says(images: Path, tmp_path: Path) -> None:
     class SlowDisk(ImageDataset):
-        def load(self, index: int, dropped: bool = False) -> Any:
+        def load(self, index: int, choose: Any = first_caption) -> Any:
             time.sleep(0.01)
-            return super().load(index, dropped)
+            return super().load(index, choose)
 
     class Clocked(Stream):
         waited = 0.0

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from curate.ledger.schema import RowError
 from curate.sources.dataset import MapDataset, Sample
 from curate.sources.find import open_folder
 from curate.store.files import digest
+from train.captions import CAPTION_ALONE, CaptionMix, Choose, first_caption, no_caption
 
 Ints = npt.NDArray[np.int64]
 
@@ -41,16 +42,19 @@ MIN_IMAGES = 8
 """Images below which training is refused: fewer can't be split, nor fill a batch."""
 
 
-def open_samples(folder: str | Path, caption: str | None = None) -> MapDataset:
+def open_samples(folder: str | Path, caption: str | None = None, captions: str | None = None) -> MapDataset:
     """The captioned images of a folder, whatever of the kinds it is that curate.sources.find reads.
 
-    `caption` is that of images without one. Raises UserError where there is no such folder, no image in it, too
-    few, or none with a caption.
+    `caption` is that of images without one, `captions` a mix of columns (see `CaptionMix.parse`). Raises UserError
+    where there is no such folder, no image in it, too few, or none with a caption, or with one in a column of the mix.
     """
     samples = open_folder(folder, caption)
     if len(samples) < MIN_IMAGES:
         raise UserError(f"{folder} holds {len(samples)} images: too few to train on, at least {MIN_IMAGES} are needed")
-    if not samples.has_captions():
+    samples.caption_columns = CaptionMix.parse(captions).columns
+    if captions is not None:
+        samples.check_caption_columns()
+    elif not samples.has_captions():
         samples.problems.refuse_many("json", len(samples), str(folder))
         raise UserError(
             f"none of the {len(samples)} images in {folder} has a caption. Captions are NAME.txt beside NAME.jpg, "
@@ -83,8 +87,8 @@ class TrainDataset(Protocol):
     bucket: Ints  # (n,): examples of one bucket have one shape
 
     def __len__(self) -> int: ...
-    def load(self, index: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
-        """(key, image or latents, tokens or the text encoder's states: of '' where the caption is dropped)."""
+    def load(self, index: int, choose: Choose = first_caption) -> tuple[str, Tensor, Tensor]:
+        """(key, image or latents, tokens or the text encoder's states of the caption that is chosen)."""
         ...
 
 
@@ -122,16 +126,27 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def load(self, index: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+    def load(self, index: int, choose: Choose = first_caption) -> tuple[str, Tensor, Tensor]:
         """(key, (3, h, w) float32 in [-1, 1], tokens)."""
+        sample, image = self._read(index)
+        chosen = choose([bool(text) for text in sample.captions])
+        return sample.key, image, self._tokenize([(sample.captions[chosen] if chosen is not None else None) or ""])[0]
+
+    def load_all(self, index: int) -> tuple[str, Tensor, list[Tensor | None]]:
+        """As `load`, with the tokens of each caption column; None where it has no text."""
+        sample, image = self._read(index)
+        texts = [text for text in sample.captions if text]
+        tokens = iter(self._tokenize(texts) if texts else ())
+        return sample.key, image, [next(tokens) if text else None for text in sample.captions]
+
+    def _read(self, index: int) -> tuple[Sample, Tensor]:
         height, width = self.shapes[self.bucket[index]]
         try:
             sample = self.samples[index]
         except RowError as e:
             raise _unreadable(self.samples.key(index), str(e)) from e
         pixels = torch.from_numpy(crop_resize(decode_sample(sample, 2 * max(height, width)), height, width))
-        tokens = self._tokenize(["" if dropped else sample.caption or ""])[0]
-        return sample.key, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1), tokens
+        return sample, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def decode_sample(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
@@ -273,7 +288,8 @@ def sampling_weights(samples: MapDataset, column: str) -> npt.NDArray[np.float64
     wrong = [i for i in range(len(values)) if values[i] not in (None, "") and not math.isfinite(scores[i])]
     wrong = [i for i in wrong if not (isinstance(values[i], float) and math.isnan(values[i]))]  # one way to say none
     if len(wrong) == len(values) or (np.isnan(scores).all() and not wrong):
-        known = sorted(k for k, v in samples.facts(0).items() if isinstance(v, int | float))
+        some = (samples.facts(i).items() for i in range(min(len(samples), 1000)))  # the first may lack a score
+        known = sorted({k for facts in some for k, v in facts if isinstance(v, int | float)})
         raise UserError(f"no image in {samples.folder} has a number {column!r}; there are {', '.join(known) or 'none'}")
     if wrong:
         first = ", ".join(f"{printable(samples.key(i), 80)}: {printable(repr(values[i]), 40)}" for i in wrong[:3])
@@ -316,6 +332,7 @@ class Stream:
         indices: which of them.
         batch: samples per step over all ranks; a multiple of the number of ranks.
         drop: share of captions replaced by '', for classifier-free guidance (Ho and Salimans 2022).
+        captions: how often the caption of which column is drawn.
         workers: threads that read and decode.
     """
 
@@ -327,6 +344,7 @@ class Stream:
         batch: int,
         seed: int = 0,
         drop: float = 0.1,
+        captions: CaptionMix = CAPTION_ALONE,
         weights: npt.NDArray[np.float64] | None = None,
         rank: int = 0,
         ranks: int = 1,
@@ -337,6 +355,7 @@ class Stream:
         if not len(indices):
             raise UserError("there is no image to train on")
         self.dataset, self._indices, self._batch, self._seed, self._drop = dataset, indices, batch, seed, drop
+        self._captions = captions
         self._weights = None if weights is None else weights[indices] / weights[indices].sum()
         self._rank, self._ranks, self._workers = rank, ranks, max(1, workers)
         self._order = lru_cache(maxsize=2)(self.epoch_order)
@@ -376,9 +395,13 @@ class Stream:
     def _load(self, epoch: int, position: int) -> Batch:
         order = self._order(epoch)
         slots = list(range(self._rank, self._batch, self._ranks))
-        dropped = np.random.default_rng([self._seed, epoch, position, 1]).random(self._batch) < self._drop
+        drop, draws = (np.random.default_rng([self._seed, epoch, position, k]).random(self._batch) for k in (1, 2))
+        choose = [
+            no_caption if d < self._drop else partial(self._captions.choose, x)
+            for d, x in zip(drop, draws, strict=True)
+        ]
         after = (epoch, position + 1) if position + 1 < len(order) else (epoch + 1, 0)
-        loaded = [self.dataset.load(int(order[position, slot]), bool(dropped[slot])) for slot in slots]
+        loaded = [self.dataset.load(int(order[position, slot]), choose[slot]) for slot in slots]
         return _collate(loaded, slots, self.dataset.latent, after)
 
 
@@ -392,7 +415,7 @@ def _collate(
 
 
 def ordered_batches(dataset: TrainDataset, indices: Ints, size: int) -> Iterator[Batch]:
-    """All of the indices once, in order, captions kept: for held-out loss and precomputing. One bucket per batch."""
+    """All of the indices once, in order, each with its first caption: for held-out loss. One bucket per batch."""
     for bucket in np.unique(dataset.bucket[indices]):
         members = indices[dataset.bucket[indices] == bucket]
         for start in range(0, len(members), size):

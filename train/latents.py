@@ -1,9 +1,9 @@
 """Latents and token ids computed once: for a model whose autoencoder is frozen, most of the work of reading an image.
 
     LATENTS/00000.safetensors    latents (n, c, h, w) float16, one shape per file; tokens (all, ) int32, those of one
-                                 caption after those of another, or where the text encoder is frozen too what it makes
-                                 of them, text (all, width) float16 or bfloat16; lengths (n,) int32,
-                                 how many are of each caption
+                                 caption after those of another, all columns' of an image before the next image's, or
+                                 where the text encoder is frozen too what it makes of them, text (all, width) float16
+                                 or bfloat16; lengths (n, columns) int32, how many are of each caption; 0: no text
             00000.json           the images' indices and keys, what the file was made with; written after it
             empty.safetensors    tokens or text of '', which takes the place of dropped captions
             made.json            what they were made from and with, the length of every file; written last
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
@@ -30,10 +31,11 @@ from aesthetic.errors import UserError
 from aesthetic.files import atomic
 from curate.layout import shard_name
 from curate.store.files import check_space, digest, read_json, write_json
+from train.captions import Choose, first_caption
 from train.data import ImageDataset, Ints
 from train.models.family import family_of
 
-_FORMAT = 3
+_FORMAT = 4
 
 Tell = Callable[[int], None]
 """Hears how many more images are done."""
@@ -74,8 +76,10 @@ def latents_size(pipeline: Any, dataset: ImageDataset, indices: Ints, text: bool
     factor, channels = pipeline.vae_scale_factor**2, pipeline.vae.config.latent_channels
     areas = np.array([h * w for h, w in dataset.shapes])[dataset.bucket[indices]]
     some = indices[:: max(1, len(indices) // 256)].tolist()  # captions, of which the length of all is told
-    tokens = family_of(pipeline).tokenize(pipeline, [str(dataset.samples.facts(i)["caption"] or "") for i in some])
-    words = np.mean([len(t) for t in tokens]) * (pipeline.text_encoder.config.hidden_size if text else 2)
+    samples = dataset.samples
+    captions = [text for i in some for text in samples.captions_in(samples.read_facts(i)) if text]
+    tokens = family_of(pipeline).tokenize(pipeline, captions or [""])
+    words = sum(map(len, tokens)) / len(some) * (pipeline.text_encoder.config.hidden_size if text else 2)
     return int(2 * (areas.sum() * channels // factor + words * len(indices)))
 
 
@@ -95,7 +99,8 @@ def precompute_latents(
 
     Latents are the mean of the autoencoder's posterior, as training without this step takes them, rounded to float16.
     With `text` the states of the text encoder take the place of token ids: for a text encoder that is not trained.
-    What a caption's tokens are dropped for, '', is kept too. Raises DiskFull before anything is computed.
+    Those of all caption columns are kept, and of '', which takes the place of dropped captions. Raises DiskFull before
+    anything is computed.
 
     Args:
         write_shards: called with `made_from` and the numbers of missing shards, where others than this process write
@@ -154,15 +159,18 @@ def write_shard(
     keys: list[str] = []
     latents, words, lengths = [], [], []
     with ThreadPoolExecutor(threads) as pool:
-        ahead = pool.map(dataset.load, parts[0])
+        ahead = pool.map(dataset.load_all, parts[0])
         for following in [*parts[1:], []]:  # is read while the part before it is encoded
-            loaded, ahead = list(ahead), pool.map(dataset.load, following)
-            images, tokens = torch.stack([x[1] for x in loaded]), [x[2] for x in loaded]
+            loaded, ahead = list(ahead), pool.map(dataset.load_all, following)
+            images, rows = torch.stack([x[1] for x in loaded]), [x[2] for x in loaded]
             keys += [str(x[0]) for x in loaded]
             latents.append(family.encode_images(pipeline.vae, images.to(pipeline.vae.device)).half().cpu())
-            words.append(_text_states(pipeline, tokens) if text else torch.cat(tokens).int())
-            lengths += [len(t) for t in tokens]
+            if tokens := [t for row in rows for t in row if t is not None]:
+                words.append(_text_states(pipeline, tokens) if text else torch.cat(tokens).int())
+            lengths += [[0 if t is None else len(t) for t in row] for row in rows]
             tell(len(loaded))
+    if not words:  # no image of this shard has a caption
+        words = [torch.zeros(0, 1, dtype=family.text_dtype) if text else torch.zeros(0, dtype=torch.int32)]
     tensors = {"latents": torch.cat(latents).contiguous(), "text" if text else "tokens": torch.cat(words)}
     data = save({**tensors, "lengths": torch.tensor(lengths, dtype=torch.int32)})
     check_space(folder, len(data))
@@ -176,12 +184,13 @@ def write_shard(
 
 def _text_states(pipeline: Any, tokens: Sequence[Tensor]) -> Tensor:
     """What the text encoder makes of captions, one after the other: (all, width)."""
-    lengths = torch.tensor([len(t) for t in tokens])
-    padded = pad_sequence(list(tokens), batch_first=True).to(pipeline.text_encoder.device)
-    family = family_of(pipeline)
-    states = family.encode_text(pipeline.text_encoder, padded, lengths)
-    rows = [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
-    return torch.cat(rows).to(family.text_dtype).cpu()
+    family, rows = family_of(pipeline), []
+    for part in (tokens[i : i + 32] for i in range(0, len(tokens), 32)):
+        lengths = torch.tensor([len(t) for t in part])
+        padded = pad_sequence(list(part), batch_first=True).to(pipeline.text_encoder.device)
+        states = family.encode_text(pipeline.text_encoder, padded, lengths)
+        rows += [row[:n].to(family.text_dtype).cpu() for row, n in zip(states, lengths.tolist(), strict=True)]
+    return torch.cat(rows)
 
 
 class LatentDataset:
@@ -210,11 +219,13 @@ class LatentDataset:
         self._keys = [record["keys"] for record in records]
         # mapped memory, whose rows are read when they are touched: four times as fast as a slice of the file for each
         # row, and a GPU takes 10,000 small latents a second
-        self._mapped: list[tuple[Tensor, Tensor, list[int]]] = []  # latents, words, where those of each caption end
+        self._mapped: list[tuple[Tensor, Tensor, npt.NDArray[np.int64]]] = []  # latents, words, (n, columns, 2) of them
         for name in names:
             with safe_open(self.folder / name, "pt") as file:
-                ends = [0, *file.get_tensor("lengths").cumsum(0).tolist()]
-                self._mapped.append((file.get_tensor("latents"), file.get_tensor(self._words), ends))
+                lengths = file.get_tensor("lengths").numpy().astype(np.int64)
+                ends = lengths.cumsum().reshape(lengths.shape)
+                spans = np.stack([ends - lengths, ends], -1)
+                self._mapped.append((file.get_tensor("latents"), file.get_tensor(self._words), spans))
         self._empty = self._typed(load((self.folder / "empty.safetensors").read_bytes())[self._words])
 
         shapes = [tuple(latents.shape[1:]) for latents, _, _ in self._mapped]
@@ -232,11 +243,13 @@ class LatentDataset:
     def _typed(self, words: Tensor) -> Tensor:
         return words.float() if self._words == "text" else words.long()
 
-    def load(self, index: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+    def load(self, index: int, choose: Choose = first_caption) -> tuple[str, Tensor, Tensor]:
         """(key, (c, h, w) float32, tokens, or the text encoder's states (length, width) float32)."""
         shard, row = self._place[index].tolist()
         if shard < 0:
             raise IndexError(f"image {index} has no latents in {self.folder}")
-        latents, words, ends = self._mapped[shard]
-        text = self._empty if dropped else self._typed(words[ends[row] : ends[row + 1]])
+        latents, words, spans = self._mapped[shard]
+        captions = spans[row].tolist()
+        chosen = choose([start < end for start, end in captions])
+        text = self._empty if chosen is None else self._typed(words[slice(*captions[chosen])])
         return self._keys[shard][row], latents[row].float(), text

@@ -178,7 +178,7 @@ def train(
     log = RecordLog(folder / "log.jsonl", step) if rank == 0 else None
 
     batches = stream.batches(cursor)
-    meter = TrainMeter(config.steps, config.batch, device, checkpointing=config.checkpointing)
+    meter = TrainMeter(config.steps, config.batch, device, ranks=ranks, checkpointing=config.checkpointing)
     try:
         while step < config.steps:
             batch = meter.wait_for(lambda: next(batches))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +27,23 @@ from train.data import Batch
 from train.devices import autocast
 from train.tasks import Task, slice_batch
 
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
+
 T = TypeVar("T")
 
 PEAK_FLOPS = {
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "4090": 165e12,
+    # nvidia.com/data-center: GB200 NVL72, HGX (of eight: 36 PFLOP/s with sparsity, half without), H200, H100, A100
+    "GB300": 2500e12, "GB200": 2500e12, "B300": 2250e12, "B200": 2250e12,
+    "H200 NVL": 836e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A10": 125e12,
+    "A10G": 70e12,  # aws.amazon.com/ec2/instance-types/g5
+    # white papers of NVIDIA's RTX Blackwell, Ada and Ampere GA102: tensor cores that add up in fp32
+    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
+    # amd.com/products/accelerators/instinct; of an MI250X torch sees two, with a half of its 383 each
+    "MI355X": 2500e12, "MI350X": 2300e12, "MI325X": 1307e12, "MI300X": 1307e12, "MI300A": 981e12, "MI250X": 191.5e12,
 }  # fmt: skip
-"""Dense bf16 FLOP/s by part of the device's name, from the makers' data sheets: what MFU is a share of."""
+"""Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets: what MFU is a share of."""
 
 MAX_DATA_WAIT = 0.1
 """Share of time spent waiting for data from which on `format_record` warns."""
@@ -42,11 +55,14 @@ SCALARS = ("loss", "lr", "grad_norm", "img_s", "tflop_s", "mfu", "data_wait", "m
 class TrainMeter:
     """Times, speed and memory since the last record; the first one counts from when the first batch is there."""
 
-    def __init__(self, steps: int, batch: int, device: torch.device, *, checkpointing: bool = False) -> None:
+    def __init__(
+        self, steps: int, batch: int, device: torch.device, *, ranks: int = 1, checkpointing: bool = False
+    ) -> None:
+        """`batch`: of all `ranks` together, each of which has a device like `device`."""
         self._steps, self._batch, self._device, self._checkpointing = steps, batch, device, checkpointing
         self._flops: float | None = None  # of one sample's training
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self._peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        one = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak = one and one * ranks
         self._began, self._done = time.perf_counter(), 0  # steps, of this process
         self._reset()
 
@@ -102,17 +118,26 @@ class TrainMeter:
         return record
 
 
+def peak_flops(device: str) -> float | None:
+    """FLOP/s in bf16 of a device of this name; None where they are not known, as of a slice (MIG) of one."""
+    if re.search(r"\b(MIG|Laptop|\d+ D)\b", device):
+        return None
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device)), None)
+
+
 def training_flops(task: Task, batch: Batch, *, checkpointing: bool = False) -> float:
     """Floating-point operations of training on one sample: a forward and a backward pass, counted as they are done.
 
-    What checkpointing computes a second time is not counted, as usual for MFU (Chowdhery et al. 2022, PaLM).
+    The sample is the one whose caption is of middle length. What is computed a second time, by checkpointing or inside
+    of fused attention, is not counted, as usual for MFU (Chowdhery et al. 2022, PaLM), nor what the optimizer does.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     trained = [p for p in task.module.parameters() if p.requires_grad]
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    middle = int(batch.lengths.argsort(stable=True)[len(batch.keys) // 2])
+    sample = slice_batch(batch, middle, middle + 1)
+    sample = replace(sample, tokens=sample.tokens[:, : int(sample.lengths[0])])
+    with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
         with autocast(trained[0].device):
-            loss = task.module(*task.inputs(slice_batch(batch, 0, 1), 0, 0)).sum()
+            loss = task.module(*task.inputs(sample, 0, 0)).sum()
         forward = counter.get_total_flops()
         if isinstance(trained[0], DTensor):  # whose gradients are made in its own hooks, and by all processes
             loss.backward()
@@ -121,7 +146,23 @@ def training_flops(task: Task, batch: Batch, *, checkpointing: bool = False) -> 
         else:
             torch.autograd.grad(loss, trained, allow_unused=True)
         backward = counter.get_total_flops() - forward
-    return forward + backward * (2 / 3 if checkpointing else 1)  # 2 forward passes' worth of its 3
+    return forward + backward * (2 / 3 if checkpointing else 1)  # 2 forward passes' worth of its 3, nearly
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's, which gives the backward pass of fused attention five products: here it has four.
+
+    The fifth is one of the forward pass again. So the number is the same for all kinds of attention.
+    """
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count
+
+    def backward(
+        grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *rest: Any, **more: Any
+    ) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value) * 4 // 5
+
+    fused = [op for op in flop_registry if "_scaled_dot_product" in str(op) and str(op).endswith("_backward")]
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(fused, backward))
 
 
 def format_record(record: dict[str, Any]) -> str:

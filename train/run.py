@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from curate.sources.dataset import MapDataset
 from curate.sources.tars import PackedShards
 from curate.store.files import check_space, read_json, sha256_file, write_json
 from train import checkpoint
+from train.captions import CAPTION_ALONE, CaptionMix, count_captions
 from train.data import (
     MIN_IMAGES,
     ImageDataset,
@@ -155,6 +157,7 @@ class TrainRun:
         text: whether its text encoder is trained too.
         own_vae: whether its autoencoder is new, and trained first.
         size: pixels of a side; None: what the model generates.
+        captions: how often the caption of which of the samples' caption columns is drawn.
         weight_by: a column; images are used in proportion to it.
         lora: rank; None: the whole model is trained.
         prompts: of previews.
@@ -174,6 +177,7 @@ class TrainRun:
         own_vae: bool = False,
         size: int | None = None,
         buckets: bool = False,
+        captions: CaptionMix = CAPTION_ALONE,
         weight_by: str | None = None,
         lora: int | None = None,
         prompts: Sequence[str] = (),
@@ -181,7 +185,7 @@ class TrainRun:
     ) -> None:
         self.pipeline, self.samples, self.out, self.loop, self.device = pipeline, samples, out, loop, device
         self.new, self.text, self.lora, self.weight_by = new, text, lora, weight_by
-        self.prompts, self.identity = prompts, identity
+        self.prompts, self.identity, self.captions = prompts, identity, captions
         self.family = family_of(pipeline)
         self.size = size or self.family.default_size(pipeline)
         self.objective = objective_of(pipeline.scheduler).name  # flow, v or eps
@@ -285,6 +289,7 @@ class TrainRun:
             self.chosen,
             batch=config.batch,
             seed=config.seed,
+            captions=self.captions,
             weights=sampling_weights(self.samples, self.weight_by) if self.weight_by else None,
             rank=rank,
             ranks=ranks,
@@ -300,6 +305,12 @@ class TrainRun:
             identity=self.identity,
             should_stop=should_stop,
         )
+
+    def caption_facts(self) -> dict[str, Any]:
+        """What train.json says of the captions that are trained on (see `captions.count_captions`)."""
+        family, p = self.family, self.pipeline
+        count = partial(family.count_tokens, p)
+        return count_captions(self.samples, self.chosen.tolist(), count, family.most_tokens(p))
 
     def data_facts(self) -> dict[str, Any]:
         """What train.json says of the data."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aesthetic.errors import UserError
-from aesthetic.untrusted import caption_of, decode_text, open_regular, parse_json, read_bytes
+from aesthetic.untrusted import caption_of, decode_text, open_regular, parse_json, printable, read_bytes
 from curate.ledger.schema import Reason, RowError
 from curate.shards.indexes import is_index
 from curate.sources.columns import CAPTION_NAMES, find_column
@@ -37,17 +37,19 @@ class Sample:
     image: bytes
     caption: str | None
     facts: dict[str, Any]
+    captions: tuple[str | None, ...]  # of each of the dataset's caption columns
 
 
 class MapDataset(Sequence[Sample]):
     """Samples by index, read when asked for; `facts` reads what is known of each without its image.
 
-    `default_caption` is that of images without one.
+    A sample's caption is that of the first of `caption_columns` that has one; `default_caption` that of images without.
     """
 
     folder: Path
     problems: Problems
     default_caption: str | None = None
+    caption_columns: tuple[str, ...] = ("caption",)  # this one by any of its names, others as they are written
 
     def key(self, index: int) -> str:
         """The name of one sample: its key in a tar, its path in a folder."""
@@ -62,7 +64,7 @@ class MapDataset(Sequence[Sample]):
         raise NotImplementedError
 
     def read_facts(self, index: int) -> dict[str, Any]:
-        """As `facts`, without the default caption."""
+        """As `facts`; `caption` is the one that the folder has."""
         raise NotImplementedError
 
     def files(self) -> list[Path]:
@@ -83,18 +85,43 @@ class MapDataset(Sequence[Sample]):
     def facts(self, index: int) -> dict[str, Any]:
         """What is known of one sample beside its pixels; `caption` among it."""
         facts = self.read_facts(index)
-        return {**facts, "caption": facts["caption"] or self.default_caption}
+        return {**facts, "caption": _first(self.captions_in(facts))}
+
+    def captions_in(self, facts: dict[str, Any]) -> tuple[str | None, ...]:
+        """Of each of the caption columns, by what `read_facts` gave; where none has one, the default is the first's."""
+        found = tuple(facts["caption"] if c == "caption" else caption_of(facts.get(c)) for c in self.caption_columns)
+        return found if _first(found) else (self.default_caption, *found[1:])
 
     def sample(self, index: int) -> Sample:
         """One sample, read whole."""
-        facts = self.facts(index)
-        return Sample(self.key(index), self.image(index), facts["caption"], facts)
+        return self.as_sample(index, self.image(index), self.read_facts(index))
+
+    def as_sample(self, index: int, image: bytes, facts: dict[str, Any]) -> Sample:
+        """One sample of its image and of what `read_facts` gave."""
+        captions = self.captions_in(facts)
+        caption = _first(captions)
+        return Sample(self.key(index), image, caption, {**facts, "caption": caption}, captions)
 
     def has_captions(self) -> bool:
         """Whether any image has a caption; reads until it finds one, and nothing where there can be none."""
         if self.default_caption and len(self):
             return True
         return any(self.read_facts(i)["caption"] for i in self.maybe_captioned())
+
+    def check_caption_columns(self) -> None:
+        """UserError, naming the columns with texts, where no image has one in one of the caption columns."""
+        lacking, there = set(self.caption_columns), set[str]()
+        for index in range(len(self)):
+            facts = self.read_facts(index)
+            there |= {name for name, value in facts.items() if isinstance(value, str) and value.strip()}
+            lacking -= {c for c in lacking if (facts["caption"] if c == "caption" else caption_of(facts.get(c)))}
+            if not lacking:
+                return
+        name = next(c for c in self.caption_columns if c in lacking)
+        raise UserError(
+            f"no image in {self.folder} has a text in the column {printable(name, 80)!r}; there are "
+            f"{', '.join(printable(n, 80) for n in sorted(there)) or 'none'}"
+        )
 
     def notes(self) -> list[str]:
         """`passed_over` and the problems so far, which are whole after `fingerprint`."""
@@ -106,9 +133,9 @@ class MapDataset(Sequence[Sample]):
 
         Raises UserError where the JSON of more than a hundredth of the samples can't be read.
         """
-        facts = [self.facts(i) for i in range(len(self))]
+        facts = [self.read_facts(i) for i in range(len(self))]
         self.problems.refuse_many("json", len(self), str(self.folder))
-        captions = [[str(f.get("key", i)), f["caption"]] for i, f in enumerate(facts)]
+        captions = [[str(f.get("key", i)), *self.captions_in(f)] for i, f in enumerate(facts)]
         return digest([captions, [[p.name, p.stat().st_size] for p in self.files()], self._manifest()])
 
     def _manifest(self) -> Any:
@@ -156,6 +183,10 @@ class PartedDataset(MapDataset):
     def captioned_rows(self, part: Path) -> npt.NDArray[np.int64]:
         """As `maybe_captioned`, of one file."""
         raise NotImplementedError
+
+
+def _first(captions: Iterable[str | None]) -> str | None:
+    return next((caption for caption in captions if caption), None)
 
 
 # ------------------------------------------------------------------------------------------ one image, caption or JSON

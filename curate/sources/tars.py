@@ -213,9 +213,7 @@ class Tars(PartedDataset):
         return self._read(index, image=False)[1]
 
     def sample(self, index: int) -> Sample:
-        data, facts = self._read(index)  # the tar is opened once
-        caption = facts["caption"] or self.default_caption
-        return Sample(self.key(index), data, caption, {**facts, "caption": caption})
+        return self.as_sample(index, *self._read(index))  # the tar is opened once
 
     def captioned_rows(self, part: Path) -> npt.NDArray[np.int64]:
         return np.flatnonzero((self._places(part).spans[:, 1:, 1] >= 0).any(1))

@@ -94,7 +94,11 @@ def run(options: EvaluateOptions) -> Result:
 
     same: dict[str, Any] = {"seed": options.seed, "steps": options.steps, "guidance": options.guidance}
     resolve(model.info, GenerationRequest("", **same))
-    samples = open_samples(options.data, model.record.get("settings", {}).get("caption"))
+    settings = model.record.get("settings", {})
+    try:
+        samples = open_samples(options.data, settings.get("caption"), settings.get("captions"))
+    except UserError:  # other images may lack the columns that it was trained with
+        samples = open_samples(options.data, settings.get("caption"))
     manifest = samples.folder / "manifest.json"
     asked = {  # what must be the same for the figures to be the same, but for versions and machine
         "model": {"name": options.model, "sha256": model.digest},

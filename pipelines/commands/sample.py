@@ -41,6 +41,9 @@ STAYS = (
 )
 """What may be given beside --again: where things are, not how the image is generated."""
 
+SOUND_TAKES = ("prompt", "prompts", "negative", "steps", "guidance", "seed", "n", "seconds")
+"""What may be asked of models of sound."""
+
 
 def _folder(text: str) -> Path:
     """A folder as it was given: relative, so that images do not tell where somebody's folders lie. Of a URL its
@@ -75,6 +78,7 @@ class SampleOptions(Options):
     batch: int | None = option("images drawn at once (default: 1)", metavar="N")
     width: int | None = option("default: the model's own size, or that of --image", metavar="PX")
     height: int | None = option(metavar="PX")
+    seconds: float | None = option("how long, of models of sound", metavar="S")
     scheduler: str | None = option("a class of diffusers, such as EulerAncestralDiscrete", metavar="NAME")
     image: Path | None = option("begin with this image", metavar="FILE", type=input_file)
     strength: float | None = option("how much of it is regenerated, 0 to 1 (default: 0.8)", metavar="X")
@@ -97,6 +101,12 @@ def run(options: SampleOptions) -> Result:
     """
     out, err = sys.stdout, sys.stderr
     _check(options)
+    if options.model is not None and not options.again:
+        from train.generate.sound import is_sound
+
+        if is_sound(options.model):
+            return _sample_sound(options, out, err)
+    _check_wanted(options)
     from train.generate.files import grid_png, read_facts, read_image, read_mask, save_numbered
     from train.generate.request import check_scheduler, foreign_syntax, request_of, resolve
     from train.generate.upscale import check_network
@@ -182,16 +192,57 @@ def _check(options: SampleOptions) -> None:
     for name in ("n", "batch"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: at least 1 is expected")
-    enlarges = (options.upscale or 1) > 1
-    if not (options.prompts or options.prompt or options.again or (options.image and enlarges)):
-        raise UserError('what is to be generated? tastemaker sample MODEL "a red fox in the snow", or --prompts FILE')
     check_out(options.out)
+    enlarges = (options.upscale or 1) > 1
     if options.mask and not options.image:
         raise UserError("--mask says what of an image is regenerated: say which with --image")
     if options.strength is not None and not options.image and not enlarges:
         raise UserError("--strength is for an image to begin with (--image), or for --upscale")
     if options.upscaler and not enlarges and not options.again:
         raise UserError("--upscaler enlarges: say how many times with --upscale")
+
+
+def _check_wanted(options: SampleOptions) -> None:
+    """That an image is asked for, in words or else."""
+    enlarges = (options.upscale or 1) > 1
+    if options.seconds is not None:
+        raise UserError("--seconds is for models of sound")
+    if not (options.prompts or options.prompt or options.again or (options.image and enlarges)):
+        raise UserError('what is to be generated? tastemaker sample MODEL "a red fox in the snow", or --prompts FILE')
+
+
+def _sample_sound(options: SampleOptions, out: IO[str], err: IO[str]) -> Result:
+    """Sound of each prompt, or of none: a WAV file each. Raises UserError for what such a model does not take."""
+    from train.generate.files import save_numbered
+    from train.generate.request import SEEDS
+    from train.generate.sound import SoundModel, wav
+
+    takes = {*SOUND_TAKES, "model", "out", "verbose", "json"}
+    given = (f.name for f in fields(options) if getattr(options, f.name) not in (None, (), False))
+    if odd := sorted(set(given) - takes):
+        raise UserError(f"{options.model} is a model of sound: it takes no --{odd[0].replace('_', '-')}")
+    prompts = [*options.prompt, *(read_prompts(options.prompts) if options.prompts else ())]
+    with quiet_libraries():
+        model = SoundModel(str(options.model))
+        if bool(prompts) != model.takes_words:
+            takes_words = "what is to be heard? Give a prompt" if model.takes_words else "it takes no prompt"
+            raise UserError(f"{options.model} is a {model.kind}: {takes_words}")
+        prompts = [p for p in prompts or [""] for _ in range(options.n or 1)]
+        first = secrets.randbelow(SEEDS - len(prompts)) if options.seed is None else options.seed
+        if not 0 <= first <= SEEDS - len(prompts):
+            raise UserError(f"--seed {first}: 0 to {SEEDS - len(prompts)} is expected")
+        err.write(f"model  {model.name} · {model.device.type} · float32 · {model.rate:,} Hz · seed {first}\n")
+        files = []
+        for i, prompt in enumerate(prompts):
+            samples, facts = model.generate(
+                prompt, seed=first + i, seconds=options.seconds, steps=options.steps, guidance=options.guidance,
+                negative=options.negative or "",
+            )  # fmt: skip
+            path = save_numbered(wav(samples, model.rate, facts), options.out, suffix=".wav")
+            files.append({"path": str(path), "seed": first + i, "seconds": samples.shape[1] / model.rate})
+            out.write(f"{path}  seed {first + i}  {samples.shape[1] / model.rate:.1f} s\n")
+            out.flush()
+    return Result(facts={"sounds": files}, paths={"sounds": options.out})
 
 
 def _requests(

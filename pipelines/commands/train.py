@@ -38,6 +38,7 @@ from pipelines.options import (
 )
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
 from pipelines.runtime.torchrun import launched
+from train.captions import CaptionMix, describe_captions
 from train.places import bring, bring_images, discard, local_folder, push, shown
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ FROM_STEPS, FROM_BATCH = 1000, 8
 
 SETTINGS = (
     *("preset", "text_encoder", "vae", "start", "lora", "objective", "size", "buckets", "weight_by", "caption"),
-    *("steps", "batch", "lr", "seed"),
+    *("captions", "steps", "batch", "lr", "seed"),
 )
 """The options that train.json keeps: what must be the same for a run to go on."""
 
@@ -91,6 +92,7 @@ class TrainOptions(Options):
     size: int | None = option("side of the images (default: the model's own)", metavar="PX", type=positive_int)
     buckets: bool = option("keep images' aspect ratios: several shapes of one area", default=False)
     caption: str | None = option("of images without a caption of their own: 'a photo of sks dog'", metavar="TEXT")
+    captions: str | None = option("columns to draw captions from, by weight: caption=0.5,recaption=0.5", metavar="MIX")
     weight_by: str | None = option("draw images in proportion to this score", metavar="COLUMN")
     workers: int | None = option("default: one per GPU, or one", metavar="N", type=positive_int)
     prompts: Path | None = option(
@@ -145,7 +147,7 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
     bring_images(options.data)
     check_data(options.data)
     bring(options.out)
-    samples = open_samples(options.data, options.caption)
+    samples = open_samples(options.data, options.caption, options.captions)
     if options.weight_by:
         sampling_weights(samples, options.weight_by)
     resolved = _resolve(options, samples)
@@ -174,8 +176,8 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
             if record is None:
                 folder.undo(["train.json", "data.json", "start", "logs"])
             raise
-        for line in _headline(train_run, resolved, trainer.about, preset_given=options.preset is not None):
-            terminal.write(line + "\n")
+        lines = _headline(train_run, resolved, trainer.about, facts["captions"], preset_given=bool(options.preset))
+        terminal.writelines(line + "\n" for line in lines)
         try:
             return _train(train_run, trainer, facts, terminal, tensorboard=options.tensorboard)
         finally:
@@ -191,6 +193,7 @@ def check_options(options: TrainOptions) -> None:
     from train.models.presets import OBJECTIVES
 
     start, objective = options.start, options.objective
+    CaptionMix.parse(options.captions)
     if options.preset and start:
         raise UserError("--preset and --from exclude each other: a new model, or one to go on with")
     if options.lora and not start:
@@ -295,6 +298,7 @@ def _resolve(options: TrainOptions, samples: MapDataset) -> TrainOptions:
         vae=_whole_path(options.vae),
         start=_whole_path(start),
         objective=options.objective or ("flow" if preset else None),
+        captions=str(CaptionMix.parse(options.captions)) if options.captions else None,
         size=options.size or (preset.size if preset else None),
         steps=steps,
         batch=batch,
@@ -387,7 +391,8 @@ def _prepare(
         raise UserError(f"no image to train on has a {resolved.weight_by} above 0")
 
     if resolved.preset:
-        captions = [samples.facts(i)["caption"] or "" for i in range(len(samples)) if i not in set(data["held_out"])]
+        seen = [samples.read_facts(i) for i in range(len(samples)) if i not in {*data["held_out"]}]
+        captions = [text or "" for facts in seen for text in samples.captions_in(facts)]
         preset = replace(PRESETS[resolved.preset], size=resolved.size or PRESETS[resolved.preset].size)
         write_new_model(
             out / "start", preset, captions, str(resolved.objective), resolved.seed,
@@ -425,12 +430,14 @@ def _prepare(
         trainer = stack.enter_context(ray_trainer(job, train_run, say))
     facts |= {"data": train_run.data_facts(), "made_with": versions(), "by": trainer.about}
     facts |= {"size": train_run.size, "prompts": list(prompts)}
-    facts |= {"pipeline": train_run.family.pipeline, "muon": job.loop.muon}
+    facts |= {"pipeline": train_run.family.pipeline, "muon": job.loop.muon, "captions": train_run.caption_facts()}
     write_json(out / "train.json", facts)
     return train_run, trainer
 
 
-def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: bool) -> Iterator[str]:
+def _headline(
+    run: TrainRun, resolved: TrainOptions, by: str, captions: dict[str, Any], *, preset_given: bool
+) -> Iterator[str]:
     """What is trained, on what, and how."""
     from train.models.base import count_parameters
 
@@ -455,6 +462,7 @@ def _headline(run: TrainRun, resolved: TrainOptions, by: str, *, preset_given: b
         + (f", {without:,} without a caption" if without else "")
         + (f", in {len(run.images.shapes)} shapes" if resolved.buckets else "")
     )
+    yield from (f"       {line}" for line in describe_captions(captions, run.captions))
     yield (
         f"steps  {loop.steps:,} of {loop.batch} images ({loop.steps * loop.batch / len(run.chosen):,.1f} "
         f"epochs) · lr {loop.lr:g} · {by} · a checkpoint every {loop.save_every:,}"

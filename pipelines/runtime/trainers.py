@@ -26,6 +26,7 @@ from pipelines.runtime.channel import report_errors, start_progress, start_worke
 from pipelines.runtime.cluster import ray_cluster
 from pipelines.runtime.nodes import Location, NodeCheck, versions
 from pipelines.runtime.pool import Pool, Staff, Stage
+from train.captions import CaptionMix
 from train.data import open_samples
 from train.devices import default_device
 from train.latents import Tell
@@ -69,7 +70,7 @@ class TrainJob:
             pipeline = load_model(o.start or o.out / "start")
         return TrainRun(
             pipeline,
-            open_samples(o.data, o.caption),
+            open_samples(o.data, o.caption, o.captions),
             o.out,
             self.loop,
             device=device,
@@ -78,6 +79,7 @@ class TrainJob:
             own_vae=bool(o.preset and PRESETS[o.preset].vae and not o.vae),
             size=o.size,
             buckets=o.buckets,
+            captions=CaptionMix.parse(o.captions),
             weight_by=o.weight_by,
             lora=o.lora,
             prompts=self.prompts,

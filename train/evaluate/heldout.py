@@ -73,7 +73,8 @@ def _held_out(model: str | Path, samples: MapDataset, on_done: OnDone) -> HeldOu
 
     training = None
     with contextlib.suppress(UserError):
-        training = open_samples(bring_images(local_folder(str(data["folder"]))), settings.get("caption"))
+        there = bring_images(local_folder(str(data["folder"])))
+        training = open_samples(there, settings.get("caption"), settings.get("captions"))
     if training is None or training.fingerprint != settings["data"]:
         note = f"other images than the model was trained on; those are no longer in {Path(data['folder']).name} as "
         note += "they were, so that near-duplicates of them can't be told"

@@ -214,20 +214,20 @@ def check_out(folder: Path) -> None:
     check_space(above)
 
 
-def save_numbered(data: bytes, folder: Path, prefix: str = "") -> Path:
+def save_numbered(data: bytes, folder: Path, prefix: str = "", suffix: str = ".png") -> Path:
     """Write a file under the next free number, as `000007.png`: whole or absent, never over another, also where several
     processes do so at once."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(store := store_at(folder), Mirror):
-        return _put_numbered(store, data, folder, prefix)
+        return _put_numbered(store, data, folder, prefix, suffix)
     scratch = scratch_path(folder / "image.png")
     try:
         with open(scratch, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        number = next_number(folder, prefix)
-        while not _claim(path := folder / f"{prefix}{number:06d}.png", scratch):
+        number = next_number(folder, prefix, suffix)
+        while not _claim(path := folder / f"{prefix}{number:06d}{suffix}", scratch):
             number += 1
     except OSError as e:
         raise as_disk_full(e, folder) from e
@@ -237,19 +237,19 @@ def save_numbered(data: bytes, folder: Path, prefix: str = "") -> Path:
     return path
 
 
-def _put_numbered(store: Mirror, data: bytes, folder: Path, prefix: str) -> Path:
-    number = next_number(folder, prefix)
+def _put_numbered(store: Mirror, data: bytes, folder: Path, prefix: str, suffix: str) -> Path:
+    number = next_number(folder, prefix, suffix)
     while True:
-        path = folder / f"{prefix}{number:06d}.png"
+        path = folder / f"{prefix}{number:06d}{suffix}"
         with contextlib.suppress(FileExistsError):  # another process's, made since the folder was listed
             store.create(path, data)
             return path
         number += 1
 
 
-def next_number(folder: Path, prefix: str = "") -> int:
-    """One more than the highest number of an image in a folder."""
-    pattern = re.compile(rf"{re.escape(prefix)}(\d{{6,}})\.png")
+def next_number(folder: Path, prefix: str = "", suffix: str = ".png") -> int:
+    """One more than the highest number of an image in a folder, or of another kind of file."""
+    pattern = re.compile(rf"{re.escape(prefix)}(\d{{6,}}){re.escape(suffix)}")
     return max((int(m[1]) for name in store_at(folder).names(folder) if (m := pattern.fullmatch(name))), default=-1) + 1
 
 

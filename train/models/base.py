@@ -30,6 +30,16 @@ class Family(ABC):
     def tokenize(self, pipeline: Any, captions: Sequence[str]) -> list[Tensor]:
         """The token ids of each caption, (length,) int64, as the pipeline itself reads prompts."""
 
+    def count_tokens(self, pipeline: Any, captions: Sequence[str]) -> list[int]:
+        """How many tokens each caption has before it is cut or padded."""
+        if not captions:
+            return []
+        return [len(row) for row in pipeline.tokenizer(list(captions), verbose=False).input_ids]
+
+    def most_tokens(self, pipeline: Any) -> int:
+        """Tokens of a caption at most: what is beyond is cut."""
+        return int(pipeline.tokenizer.model_max_length)
+
     @abstractmethod
     def encode_text(self, text_encoder: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
         """What the denoiser is given of captions: (n, longest, width).

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from aesthetic.errors import UserError
-from aesthetic.untrusted import read_json_file
 from train.models import unet, z_image
+from train.models.abilities import TRAINABLE
 from train.models.base import Family
-from train.models.files import find_model_folder
-from train.models.info import ModelInfo
+from train.models.info import ModelInfo, read_model_info
+from train.models.load import load_pipeline
 from train.models.presets import PRESETS, Preset, TransformerPreset, UnetPreset
 
 FAMILIES: tuple[Family, ...] = (unet.UnetFamily(), z_image.ZImageFamily())
@@ -60,8 +60,9 @@ def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32
 
     Raises UserError, saying what to do and naming the file, for what is missing, broken or of another kind.
     """
-    folder = model.folder if isinstance(model, ModelInfo) else find_model_folder(model)
-    index = read_json_file(folder / "model_index.json")
-    if isinstance(index, dict) and index.get("_class_name") == z_image.ZImageFamily.pipeline:
-        return z_image.load_model(folder, dtype)
-    return unet.load_model(model, dtype)
+    info = model if isinstance(model, ModelInfo) else read_model_info(model)
+    if not info.is_trainable:
+        raise UserError(
+            f"{info.name} is a {info.abilities.text}: what can be trained further is of {' or '.join(TRAINABLE)}"
+        )
+    return load_pipeline(info, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
@@ -23,14 +24,20 @@ def load_pipeline(info: ModelInfo, dtype: torch.dtype) -> Any:
     Raises UserError, naming the file, where a part can't be made of its configuration, its weights do not fit that, or
     one is no number.
     """
-    from train.models.unet import REST_OF_CLIP, load_model
+    from train.models.unet import load_model
 
     if info.is_stable_diffusion:
         return load_model(info, dtype)
-    kind = pipeline_class(info.abilities.text)
-    index = read_json_file(info.folder / "model_index.json")
+    return assemble(pipeline_class(info.abilities.text), info.folder, dtype)
+
+
+def assemble(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A pipeline of this class, made of the parts in a folder that model_index.json names. Raises UserError."""
+    from train.models.unet import REST_OF_CLIP
+
+    index = read_json_file(folder / "model_index.json")
     taken = inspect.signature(kind.__init__).parameters
-    parts = parts_of(index, kind, info.folder)
+    parts = parts_of(index, kind, folder)
     made = {name: value for name, value in index.items() if name in taken and name not in parts}  # settings
     if "requires_safety_checker" in taken:
         made["requires_safety_checker"] = False
@@ -39,21 +46,19 @@ def load_pipeline(info: ModelInfo, dtype: torch.dtype) -> Any:
             if part is None:
                 made[name] = None
                 continue
-            folder, (cls, role) = info.folder / name, kind_of_part(part)
+            place, (cls, role) = folder / name, kind_of_part(part)
             if role == "weights":
                 # text encoders are often cut out of a larger model, whose other weights stay in the file
-                made[name] = load_part(folder, cls, dtype, REST_OF_CLIP if part[0] == "diffusers" else None)
+                made[name] = load_part(place, cls, dtype, None if part[0] == "transformers" else REST_OF_CLIP)
                 continue
             try:
-                made[name] = cls.from_pretrained(folder, local_files_only=True)
+                made[name] = cls.from_pretrained(place, local_files_only=True)
             except Exception as e:  # whatever files that are none make of a constructor
-                raise UserError(f"{folder}: no {cls.__name__} can be made of these files: {error_line(e)}") from e
+                raise UserError(f"{place}: no {cls.__name__} can be made of these files: {error_line(e)}") from e
     try:
         return kind(**made)
     except Exception as e:
-        raise UserError(
-            f"{info.folder / 'model_index.json'}: its parts make no {kind.__name__}: {error_line(e)}"
-        ) from e
+        raise UserError(f"{folder / 'model_index.json'}: its parts make no {kind.__name__}: {error_line(e)}") from e
 
 
 def pipelines_with_images(text: Any, info: ModelInfo) -> tuple[Any, Any]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from aesthetic.errors import UserError
 from aesthetic.untrusted import error_line, read_json_file
-from curate.hub import no_progress_bars
 from train.models.autoencoder import new_autoencoder
 from train.models.base import Family
 from train.models.given import ENCODERS
@@ -44,16 +43,16 @@ class ZImageFamily(Family):
 
     def tokenize(self, pipeline: Any, captions: Sequence[str]) -> list[Tensor]:
         """In the tokenizer's chat template, cut where the pipeline cuts, not padded."""
-        tokenizer = pipeline.tokenizer
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": caption}],
-                tokenize=False, add_generation_prompt=True, enable_thinking=True,
-            )
-            for caption in captions
-        ]  # fmt: skip
-        ids = tokenizer(prompts, truncation=True, max_length=TOKENS).input_ids
+        ids = pipeline.tokenizer(_prompts(pipeline, captions), truncation=True, max_length=TOKENS).input_ids
         return [torch.tensor(row, dtype=torch.int64) for row in ids]
+
+    def count_tokens(self, pipeline: Any, captions: Sequence[str]) -> list[int]:
+        """With those of the chat template."""
+        return super().count_tokens(pipeline, _prompts(pipeline, captions))
+
+    def most_tokens(self, pipeline: Any) -> int:
+        """Where the pipeline cuts."""
+        return TOKENS
 
     def encode_text(self, text_encoder: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(n, longest, width): the states before the last layer."""
@@ -64,7 +63,7 @@ class ZImageFamily(Family):
 
     def train_text(self, pipeline: Any, train: bool) -> None:
         """But for its last layer and the norm after it, which the denoiser does not see."""
-        text = pipeline.text_encoder.requires_grad_(train)
+        text = pipeline.text_encoder.requires_grad_(train).base_model
         text.layers[-1].requires_grad_(False)
         text.norm.requires_grad_(False)
 
@@ -99,6 +98,15 @@ class ZImageFamily(Family):
     def set_default_size(self, pipeline: Any, size: int) -> None:
         """As the autoencoder's sample_size."""
         pipeline.vae.register_to_config(sample_size=size)
+
+
+def _prompts(pipeline: Any, captions: Sequence[str]) -> list[str]:
+    return [
+        pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        for caption in captions
+    ]
 
 
 def new_model(
@@ -188,25 +196,6 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Any:
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     vocab = {t: i for i, t in enumerate(dict.fromkeys([*letters, *(a + b for a, b in merges), END]))}
     return Qwen2Tokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS, chat_template=_TEMPLATE)
-
-
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The ZImagePipeline in a folder. Raises UserError, naming the file, for what is missing or does not fit."""
-    import diffusers
-
-    with no_progress_bars("diffusers"):
-        transformer = load_part(folder / "transformer", diffusers.ZImageTransformer2DModel, dtype)
-        vae = load_part(folder / "vae", diffusers.AutoencoderKL, dtype)
-        encoder, tokenizer = load_text_encoder(folder, dtype)
-    path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        kind = getattr(diffusers, read_json_file(folder / "model_index.json")["scheduler"][1])
-        return diffusers.ZImagePipeline(
-            vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer,
-            scheduler=kind.from_pretrained(folder / "scheduler"),
-        )  # fmt: skip
-    except Exception as e:
-        raise UserError(f"{path}: no scheduler can be made of it: {error_line(e)}") from e
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
