@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aesthetic.hashes import hex_to_bits, near_hashes
+from aesthetic.hashes import MIN_ONES, Hashes, hex_to_bits, near_hashes
 from aesthetic.heads import HeadError
 from aesthetic.neighbours import near_vectors, near_vectors_in_cells
 
@@ -85,8 +85,7 @@ def groups_of(
     if groups is not None:
         each = [f"image {i}" if g is None or g != g else str(g) for g, i in zip(groups, ids, strict=True)]
     names, group = np.unique(np.asarray(each, str), return_inverse=True)
-    looks = [h.lower() if h and h.strip("0") else None for h in phash or ()]
-    pairs = [_equal(sha256 or ()), _equal(looks), _near_hashes(looks)]
+    pairs = [_equal(_numbered(sha256 or ())), near_looks(hex_to_bits(phash or (), least=1)[0])]
     recall = None
     if vectors is not None and len(vectors) > EXACT_UP_TO:
         near, recall = near_vectors_in_cells(vectors, NEAR_COSINE)
@@ -105,24 +104,33 @@ def groups_of(
     return Groups(names_of_rows, groups is not None, len(np.unique(linked, axis=0)), recall)
 
 
-def _equal(values: Sequence[str | None]) -> Ints:
-    """Each row whose value has been there before, with the row that had it last."""
-    last: dict[str, int] = {}
-    pairs = []
-    for i, value in enumerate(values):
-        if value is not None:
-            if value in last:
-                pairs.append((last[value], i))
-            last[value] = i
-    return np.array(pairs, np.int64).reshape(-1, 2)
+def near_copies(sha256: Hashes, phash: Hashes) -> Ints:
+    """Pairs of rows that connect equal files, and images that look nearly the same: (pairs, 2).
+
+    sha256, phash: (n,) uint64: 64 bits of either hash, 0 where it is not known, or has no ones.
+    """
+    return np.concatenate([_equal(sha256), near_looks(phash)])
 
 
-def _near_hashes(hashes: Sequence[str | None]) -> Ints:
-    """Pairs of rows, the first with its hash each, whose hashes are within NEAR_BITS."""
-    bits, there = hex_to_bits(hashes)
-    rows = np.flatnonzero(there)
-    values, first = np.unique(bits[rows], return_index=True)
-    return rows[first[near_hashes(values, NEAR_BITS)]]
+def near_looks(phash: Hashes) -> Ints:
+    """As `near_copies`, by perceptual hashes alone: equal ones, and those with enough ones within NEAR_BITS."""
+    rows = np.flatnonzero(np.bitwise_count(phash) >= MIN_ONES)
+    values, first = np.unique(phash[rows], return_index=True)
+    return np.concatenate([_equal(phash), rows[first[near_hashes(values, NEAR_BITS)]]])
+
+
+def _numbered(values: Sequence[str | None]) -> Ints:
+    """A number for each value, the same for equal ones, (n,); 0 for None."""
+    numbers: dict[str, int] = {}
+    return np.array([0 if v is None else numbers.setdefault(v, len(numbers) + 1) for v in values], np.int64)
+
+
+def _equal(values: npt.NDArray[Any]) -> Ints:
+    """Each row whose value, not 0, has been there before, with the row that had it last: (pairs, 2)."""
+    rows = np.flatnonzero(values)
+    rows = rows[np.argsort(values[rows], kind="stable")]
+    again = values[rows[1:]] == values[rows[:-1]]
+    return np.stack([rows[:-1][again], rows[1:][again]], 1)
 
 
 def _digest(name: str, salt: str = "") -> int:

@@ -43,13 +43,14 @@ from curate.images.decode import decode
 from curate.ledger.schema import RowError
 from curate.store.files import digest, read_json, write_json
 from demo.pictures import STAMPS, caption_beside, readable, unpacked
-from train.data import ImageDataset, Stream, open_samples, ordered_batches, split
+from train.data import ImageDataset, Stream, open_samples, ordered_batches
 from train.latents import precompute_latents
 from train.loop import LoopConfig, train
 from train.metrics import format_record
 from train.models.base import count_parameters
 from train.models.family import new_model, tokenize
 from train.models.presets import PRESETS
+from train.split import split
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, generate_images, image_grid, psnr
 
 SIDE = 64

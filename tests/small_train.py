@@ -12,11 +12,12 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from train import checkpoint
-from train.data import ImageDataset, Stream, open_samples, split
+from train.data import ImageDataset, Stream, open_samples
 from train.loop import LoopConfig, train
 from train.models.family import family_of, load_model, new_model, tokenize
 from train.models.presets import PRESETS
 from train.parallel import rank_and_size
+from train.split import split
 from train.tasks import Denoise
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}

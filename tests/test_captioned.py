@@ -26,12 +26,14 @@ from curate.shards.pack import PackConfig, pack
 from curate.sources.dataset import MapDataset
 from curate.sources.find import open_folder
 from curate.sources.image_tables import parquet_images
+from curate.sources.packed import PackedShards
 from curate.sources.plan import SourceConfig
 from curate.sources.planner import inspect, make_plan
-from curate.sources.tars import PackedShards, Tars
+from curate.sources.tars import Tars
 from tests.small_data import make_data
 from tests.test_source import image, write
-from train.data import open_samples, sampling_weights, scan_images, split
+from train.data import open_samples, sampling_weights
+from train.split import scan_images, split
 
 JPEG, PNG = image(), image("PNG")
 
@@ -462,7 +464,7 @@ def test_hashes_that_are_none_are_made_anew(tmp_path: Path) -> None:
     wrong: list[Any] = ["x", "-1", "f" * 40, 5, [1], "", None, {"a": 1}, "0123456789abcdef", True]
     samples = with_facts(tmp_path / "a", [{"phash": v, "sha256": v, "width": "w", "height": -1} for v in wrong])
     known = scan_images(samples)
-    assert all(h and len(h) == 16 for h in known.phash) and known.phash[8] == "0123456789abcdef"
-    assert known.sha256 == [None] * 10
+    assert known.phash.all() and known.phash[8] == 0x0123456789ABCDEF
+    assert not known.sha256.any()
     chosen, held = split(samples, 0.2, known=known)
     assert len(chosen) == 8 and len(held) == 2

@@ -26,7 +26,7 @@ from curate.shards.indexes import is_index, write_shard_indexes
 from curate.shards.pack import PackConfig, pack
 from curate.shards.repack import repack
 from curate.sources.find import open_folder
-from curate.sources.tars import PackedShards
+from curate.sources.packed import PackedShards
 from curate.store.files import read_json, write_json
 from curate.store.records import record_digest
 from pipelines.cli import main

@@ -11,7 +11,7 @@ import torch
 from aesthetic.errors import UserError
 from curate.store.files import write_json
 from tests.small_train import make_images, small_run
-from train.data import ImageDataset, open_samples, split
+from train.data import ImageDataset, open_samples
 from train.evaluate.evaluation import encode_images
 from train.evaluate.figures import (
     MIN_FRECHET,
@@ -34,6 +34,7 @@ from train.evaluate.figures import (
 from train.evaluate.heldout import distinct_captions, find_held_out, in_hash_order, losses
 from train.models.family import load_model, tokenize
 from train.models.presets import PRESETS
+from train.split import split
 
 RNG = np.random.default_rng(0)
 

@@ -25,12 +25,13 @@ from aesthetic.errors import DiskFull, UserError
 from tests.small_train import clean_processes, make_images, saved_state, small_run
 from train import checkpoint
 from train.captions import first_caption
-from train.data import ImageDataset, Stream, open_samples, ordered_batches, split
+from train.data import ImageDataset, Stream, open_samples, ordered_batches
 from train.devices import FreeCores
 from train.loop import Diverged, Ema, LoopConfig, learning_rate, train
 from train.metrics import format_record, training_flops
 from train.models.family import family_of, load_model, new_model, tokenize
 from train.models.presets import PRESETS
+from train.split import split
 from train.tasks import Denoise, Reconstruct, fit_scale, generate_images, psnr, slice_batch
 
 

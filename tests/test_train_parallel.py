@@ -182,6 +182,19 @@ def test_several_workers_make_the_model_that_one_makes_of_the_same_batch(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("muon", "most"), [(0.0, 1e-6), (0.02, 1e-4)])  # Muon makes matrices orthogonal in bf16
+def test_a_transformer_and_its_language_model_are_trained_in_shares(
+    images: Path, tmp_path: Path, ranks: Callable[..., list[Any]], muon: float, most: float
+) -> None:
+    """transformers gives hidden states by the class of a model, and to be sharded makes it another."""
+    settings = {**STEPS, "preset": "debug-dit", "muon": muon}
+    list(small_run(images, tmp_path / "one", **settings))
+    finish(ranks(2, run, images, tmp_path / "two", {**settings, "shard": True}))
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4)
+    assert apart(tmp_path / "one", tmp_path / "two")[0] < most
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("then", [4, 2, 1])
 def test_what_four_sharded_workers_have_saved_any_number_goes_on_from(
     images: Path, one: Path, tmp_path: Path, ranks: Callable[..., list[Any]], then: int

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aesthetic.errors import UserError
-from curate.sources.dataset import MapDataset
+
+if TYPE_CHECKING:  # it starts numpy, and `train --help` needs none
+    from curate.sources.dataset import MapDataset
 
 Choose = Callable[[Sequence[bool]], int | None]
 """Given which caption columns of an image have a text, the number of the one to take; None: ''."""
@@ -89,7 +91,7 @@ def count_captions(
         most: tokens of a caption that the model reads.
     """
     some = indices[:: max(1, -(-len(indices) // COUNTED))]
-    rows = [samples.captions_in(samples.read_facts(i)) for i in some]
+    rows = samples.captions_at(some)
     columns = {}
     for name, texts in zip(samples.caption_columns, zip(*rows, strict=True), strict=True):
         tokens = count_tokens([text for text in texts if text])

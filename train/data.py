@@ -1,14 +1,14 @@
 """Captioned images to train on.
 
 `open_samples` gives a folder of them as a sequence of samples (curate.sources.find says of which kinds it may be);
-`ImageDataset` prepares them for a model; `split` sets some aside; `Stream` is the endless order in which one rank meets
-its share, known by two integers.
+`ImageDataset` prepares them for a model (train.split sets some aside); `Stream` is the endless order in which one rank
+meets its share, known by two integers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,18 +25,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from aesthetic.errors import UserError
-from aesthetic.splits import groups_of
 from aesthetic.untrusted import printable
 from curate.images.decode import decode
 from curate.images.header import probe
-from curate.images.process import perceptual_hash
 from curate.ledger.schema import RowError
 from curate.sources.dataset import MapDataset, Sample
 from curate.sources.find import open_folder
-from curate.store.files import digest
+from curate.sources.packed import PackedShards, ShardsAhead
 from train.captions import CAPTION_ALONE, CaptionMix, Choose, first_caption, no_caption
+from train.split import unreadable_image
 
 Ints = npt.NDArray[np.int64]
+
+_AT_ONCE = 65_536  # images whose shapes are compared at a time
 
 MIN_IMAGES = 8
 """Images below which training is refused: fewer can't be split, nor fill a batch."""
@@ -103,6 +104,7 @@ class ImageDataset:
         samples: what `open_samples` gave.
         tokenize: captions -> the token ids of each, (length,) int64.
         size: pixels of a side; a multiple of `step`.
+        ratios: what `aspect_ratios` gave, where that is known.
     """
 
     latent = False
@@ -116,15 +118,31 @@ class ImageDataset:
         buckets: bool = False,
         step: int = 8,
         least: int = 1,
+        ratios: npt.NDArray[np.float64] | None = None,
     ) -> None:
         self.samples = samples
         self._tokenize = tokenize
         self.shapes, self.bucket = [(size, size)], np.zeros(len(samples), np.int64)
         if buckets:
-            self.shapes, self.bucket = _buckets(samples, size, step, least)
+            self.shapes, self.bucket = _buckets(aspect_ratios(samples) if ratios is None else ratios, size, step, least)
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def remote(self) -> PackedShards | None:
+        """The samples, where they are tars on an object store that are read shard by shard."""
+        return self.samples if isinstance(self.samples, PackedShards) and self.samples.remote else None
+
+    @contextlib.contextmanager
+    def brought(self, indices: Ints) -> Iterator[None]:
+        """Within, these are read of whole shards, where they are on an object store."""
+        if (remote := self.remote) is None:
+            yield
+            return
+        with contextlib.closing(ShardsAhead(remote)) as ahead:
+            ahead.want(np.unique(np.searchsorted(np.array(remote.ends), indices, side="right")).tolist())
+            yield
 
     def load(self, index: int, choose: Choose = first_caption) -> tuple[str, Tensor, Tensor]:
         """(key, (3, h, w) float32 in [-1, 1], tokens)."""
@@ -144,7 +162,7 @@ class ImageDataset:
         try:
             sample = self.samples[index]
         except RowError as e:
-            raise _unreadable(self.samples.key(index), str(e)) from e
+            raise unreadable_image(self.samples.key(index), str(e)) from e
         pixels = torch.from_numpy(crop_resize(decode_sample(sample, 2 * max(height, width)), height, width))
         return sample, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1)
 
@@ -154,11 +172,7 @@ def decode_sample(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
     try:
         return decode(sample.image, min_side=min_side)
     except RowError as e:
-        raise _unreadable(sample.key, str(e)) from e
-
-
-def _unreadable(key: str, reason: str) -> UserError:
-    return UserError(f"the image {key} can't be read ({reason}). Remove it, or curate the folder first.")
+        raise unreadable_image(sample.key, str(e)) from e
 
 
 def crop_resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -173,26 +187,37 @@ def crop_resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.N
     return np.ascontiguousarray(pixels)
 
 
-def _buckets(samples: MapDataset, size: int, step: int, least: int) -> tuple[list[tuple[int, int]], Ints]:
+def aspect_ratios(samples: MapDataset) -> npt.NDArray[np.float64]:
+    """Height by width of each image, (n,): by its facts where they are possible, else by the file's header."""
+    ratios = np.empty(len(samples), np.float64)
+    start = 0
+    for heights, widths in samples.columns("height", "width"):
+        sides = np.array([[_number(value) for value in column] for column in (heights, widths)])
+        with np.errstate(invalid="ignore"):
+            known = ((sides >= 1) & (sides <= 65_535)).all(0)
+        sides[:, known] = np.floor(sides[:, known])
+        for row in np.flatnonzero(~known).tolist():
+            try:
+                _, width, height = probe(samples.image(start + row))
+            except RowError:  # whoever reads it gets the error; it is in no one's way here
+                height = width = 1
+            sides[:, row] = height, width
+        ratios[start : start + len(heights)] = sides[0] / sides[1]
+        start += len(heights)
+    return ratios
+
+
+def _buckets(ratios: npt.NDArray[np.float64], size: int, step: int, least: int) -> tuple[list[tuple[int, int]], Ints]:
     """The shapes in use and the shape of each image: the nearest in log aspect ratio that enough others share."""
     from diffusers.training_utils import generate_aspect_ratio_buckets
 
-    ratios = []
-    for index in range(len(samples)):  # by its facts where they are possible, else by the file's header
-        facts = samples.facts(index)
-        height, width = (_number(facts.get(name)) for name in ("height", "width"))
-        if not all(1 <= side <= 65_535 for side in (height, width)):
-            try:
-                _, width, height = probe(samples.image(index))
-            except RowError:  # whoever reads it gets the error; it is in no one's way here
-                height = width = 1
-        ratios.append(int(height) / int(width))
-
     ladder = generate_aspect_ratio_buckets(size, divisibility=step)
-    aspect = np.log(ratios)
+    nearest = np.empty(len(ratios), np.int64)
     while True:
-        distance = np.abs(aspect[:, None] - np.log([h / w for h, w in ladder])[None])
-        nearest = distance.argmin(1)
+        steps = np.log([h / w for h, w in ladder])
+        for start in range(0, len(ratios), _AT_ONCE):  # all at once are the ladder's length times as many numbers
+            part = slice(start, start + _AT_ONCE)
+            nearest[part] = np.abs(np.log(ratios[part])[:, None] - steps[None]).argmin(1)
         counts = np.bincount(nearest, minlength=len(ladder))
         rare = [i for i in np.argsort(counts, kind="stable") if counts[i] < least]
         if not rare or len(ladder) == 1:
@@ -201,81 +226,7 @@ def _buckets(samples: MapDataset, size: int, step: int, least: int) -> tuple[lis
         del ladder[int(rare[0])]
 
 
-# ------------------------------------------------------------------------------------------------------------- split
-
-
-@dataclass(frozen=True)
-class ImageScan:
-    """What reading every image once shows: by what its copies are known, and which can't be read."""
-
-    keys: list[str]
-    sha256: list[str | None]
-    phash: list[str | None]
-    unreadable: dict[int, str]  # index -> reason
-
-
-def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count: None) -> ImageScan:
-    """Decode every image, small where its format allows that. `tell` hears how many more are done.
-
-    Raises UserError where packed shards hold other bytes than were packed: this is read once, as images are.
-    """
-
-    def scan(index: int) -> tuple[str, str | None, str | None, str | None]:
-        """(key, sha256, perceptual hash, why it can't be read)."""
-        facts = samples.facts(index)
-        key, sha256 = str(facts.get("key", index)), _hexadecimal(facts.get("sha256"), 64)
-        try:
-            pixels = decode(samples.image(index), min_side=32)
-            return key, sha256, _hexadecimal(facts.get("phash"), 16) or perceptual_hash(pixels), None
-        except RowError as e:
-            return key, sha256, None, str(e)
-
-    samples.check_bytes()
-    rows = []
-    with ThreadPoolExecutor() as pool:
-        for row in pool.map(scan, range(len(samples))):
-            rows.append(row)
-            tell(1)
-    keys, sha256, phash, reasons = (list(column) for column in zip(*rows, strict=True))
-    return ImageScan(keys, sha256, phash, {i: reason for i, reason in enumerate(reasons) if reason is not None})
-
-
-def _hexadecimal(value: Any, digits: int) -> str | None:
-    """A hash as lists and shards have it; None for what is none."""
-    return value if isinstance(value, str) and re.fullmatch(f"[0-9a-fA-F]{{{digits}}}", value) else None
-
-
-def split(
-    samples: MapDataset, share: float = 0.1, most: int = 256, known: ImageScan | None = None
-) -> tuple[Ints, Ints]:
-    """(indices to train on, indices held out): no image is held out of which a near-duplicate is trained on.
-
-    Near-duplicates are equal files and perceptual hashes within 4 of 64 bits; hashes are the column `phash` where there
-    is one, and computed otherwise. Which groups are held out follows from hashes of their keys: the same images give
-    the same split. At most `share` of the images and `most` of them; none where that is less than one.
-
-    Images that `known` says can't be read are in neither. Without it, the first such image raises UserError.
-    """
-    if known is None:
-        known = scan_images(samples)
-        for index, reason in known.unreadable.items():
-            raise _unreadable(known.keys[index], reason)
-    indices = np.array([i for i in range(len(samples)) if i not in known.unreadable], np.int64)
-    room = min(most, int(share * len(indices)))
-    if not room:
-        return indices, indices[:0]
-    keys, sha256, phash = ([column[i] for i in indices] for column in (known.keys, known.sha256, known.phash))
-    groups = np.array(groups_of(keys, sha256=sha256, phash=phash).names)
-    names, sizes = np.unique(groups, return_counts=True)
-    held_out: list[str] = []
-    for i in sorted(range(len(names)), key=lambda i: digest(["held out", str(names[i])])):
-        if sizes[i] <= room:
-            held_out.append(str(names[i]))
-            room -= int(sizes[i])
-        if not room:
-            break
-    apart = np.isin(groups, held_out)
-    return indices[~apart], indices[apart]
+# ----------------------------------------------------------------------------------------------------------- weights
 
 
 def sampling_weights(samples: MapDataset, column: str) -> npt.NDArray[np.float64]:
@@ -283,19 +234,23 @@ def sampling_weights(samples: MapDataset, column: str) -> npt.NDArray[np.float64
 
     Raises UserError where no image has the column, or a score is negative or no finite number.
     """
-    values: list[Any] = [samples.facts(i).get(column) for i in range(len(samples))]
-    scores = np.array([_number(value) for value in values])
-    wrong = [i for i in range(len(values)) if values[i] not in (None, "") and not math.isfinite(scores[i])]
-    wrong = [i for i in wrong if not (isinstance(values[i], float) and math.isnan(values[i]))]  # one way to say none
-    if len(wrong) == len(values) or (np.isnan(scores).all() and not wrong):
+    scores, start, wrong, count = np.empty(len(samples)), 0, list[str](), 0
+    for (values,) in samples.columns(column):
+        scores[start : start + len(values)] = part = np.array([_number(value) for value in values])
+        for i in np.flatnonzero(~np.isfinite(part)).tolist():
+            if values[i] not in (None, "") and not (isinstance(values[i], float) and math.isnan(values[i])):
+                count += 1
+                if len(wrong) < 3:
+                    wrong.append(f"{printable(samples.key(start + i), 80)}: {printable(repr(values[i]), 40)}")
+        start += len(values)
+    if count == len(scores) or (np.isnan(scores).all() and not count):
         some = (samples.facts(i).items() for i in range(min(len(samples), 1000)))  # the first may lack a score
         known = sorted({k for facts in some for k, v in facts if isinstance(v, int | float)})
         raise UserError(f"no image in {samples.folder} has a number {column!r}; there are {', '.join(known) or 'none'}")
-    if wrong:
-        first = ", ".join(f"{printable(samples.key(i), 80)}: {printable(repr(values[i]), 40)}" for i in wrong[:3])
+    if count:
         raise UserError(
-            f"{column} is no finite number in {len(wrong):,} of {len(values):,} images ({first}): to weight by it, "
-            f"correct these, or leave them empty (such images are not drawn)"
+            f"{column} is no finite number in {count:,} of {len(scores):,} images ({', '.join(wrong)}): to weight by "
+            f"it, correct these, or leave them empty (such images are not drawn)"
         )
     weights = np.nan_to_num(scores)
     with np.errstate(over="ignore"):
@@ -321,9 +276,10 @@ class Stream:
     """The endless order of batches, and one rank's share of it.
 
     An epoch is a seeded permutation of the indices, dealt into whole batches of one bucket each, in a seeded order; the
-    last batch of a bucket is filled up from its beginning. With `weights` each index comes as often in an epoch as its
-    share says, rounded up or down at random (systematic resampling). Rank r of n takes places r, r + n, r + 2n ... of
-    each batch: however many ranks there are, all of them together see the same batches.
+    last batch of a bucket is filled up from its beginning. Of shards on an object store it is one that asks for few of
+    them at a time (`order_by_shards`), which are fetched ahead. With `weights` each index comes as often in an epoch as
+    its share says, rounded up or down at random (systematic resampling). Rank r of n takes places r, r + n, r + 2n ...
+    of each batch: however many ranks there are, all of them together see the same batches.
 
     Everything random is a function of (seed, epoch, position, place): the cursor is all there is to save.
 
@@ -354,21 +310,32 @@ class Stream:
             raise UserError(f"a batch of {batch} can't be shared evenly by {ranks} workers")
         if not len(indices):
             raise UserError("there is no image to train on")
-        self.dataset, self._indices, self._batch, self._seed, self._drop = dataset, indices, batch, seed, drop
+        self.dataset, self._batch, self._seed, self._drop = dataset, batch, seed, drop
         self._captions = captions
-        self._weights = None if weights is None else weights[indices] / weights[indices].sum()
+        self._indices = indices.astype(np.int32)  # half of the memory of an epoch's order, of which two may be held
+        self._weights = None
+        if weights is not None:
+            self._weights = weights[indices]
+            self._weights /= self._weights.sum()
         self._rank, self._ranks, self._workers = rank, ranks, max(1, workers)
+        self._remote: PackedShards | None = getattr(dataset, "remote", None)
         self._order = lru_cache(maxsize=2)(self.epoch_order)
+        self._uses = lru_cache(maxsize=2)(self._shard_uses)
 
-    def epoch_order(self, epoch: int) -> Ints:
-        """The batches of an epoch: (batches, batch) indices."""
+    def epoch_order(self, epoch: int) -> npt.NDArray[np.int32]:
+        """The batches of an epoch: (batches, batch) indices. For a moment it takes some 50 bytes for each of them."""
         rng = np.random.default_rng([self._seed, epoch])
         indices = self._indices
         if self._weights is not None:
-            ends = np.cumsum(self._weights) * len(indices)
-            until = np.floor(np.concatenate([[0.0], ends + rng.random()])).astype(np.int64)
-            indices = np.repeat(indices, until[1:] - until[:-1])
+            until = np.cumsum(self._weights)
+            until *= len(indices)
+            until += rng.random()
+            np.floor(until, out=until)
+            indices = np.repeat(indices, np.diff(until, prepend=0.0).astype(np.int32))
+            del until
         indices = rng.permutation(indices)
+        if self._remote is not None:
+            return order_by_shards(rng, indices, self.dataset.bucket, np.array(self._remote.ends), self._batch)
         buckets = self.dataset.bucket[indices]
         rows = []
         for bucket in np.unique(buckets):
@@ -379,11 +346,14 @@ class Stream:
     def batches(self, cursor: tuple[int, int] = (0, 0)) -> Generator[Batch]:
         """This rank's share of every batch from the cursor (epoch, position) on, without end."""
         epoch, position = cursor
+        shards = None if self._remote is None else ShardsAhead(self._remote)
         with ThreadPoolExecutor(self._workers, thread_name_prefix="batches") as pool:
             ahead: deque[Future[Batch]] = deque()
             try:
                 while True:
                     while len(ahead) < self._workers + 1:
+                        if shards is not None:
+                            shards.want(self._wanted(epoch, position, len(ahead)))
                         ahead.append(pool.submit(self._load, epoch, position))
                         position += 1
                         if position == len(self._order(epoch)):
@@ -391,6 +361,37 @@ class Stream:
                     yield ahead.popleft().result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+                if shards is not None:
+                    shards.close()
+
+    def _shard_uses(self, epoch: int) -> list[tuple[int, int, int]]:
+        """(the position at which this rank first needs it, the last one, shard), of each shard, in that order."""
+        assert self._remote is not None
+        order = self._order(epoch)[:, self._rank :: self._ranks]
+        shard = np.searchsorted(np.array(self._remote.ends), order.ravel(), side="right")
+        position = np.repeat(np.arange(len(order)), order.shape[1])
+        count = len(self._remote.ends)
+        first, last = np.full(count, len(order)), np.full(count, -1)
+        np.minimum.at(first, shard, position)
+        np.maximum.at(last, shard, position)
+        return sorted((int(first[s]), int(last[s]), s) for s in np.flatnonzero(last >= 0).tolist())
+
+    def _wanted(self, epoch: int, position: int, in_flight: int) -> list[int]:
+        """The shards of the batch at a position and of those before it that are not done, and the next of them."""
+        found, more = list[int](), LANES
+        if position < in_flight and epoch > 0:  # batches of the epoch before are still being read
+            length = len(self._order(epoch - 1))
+            found += [s for first, last, s in self._uses(epoch - 1) if last >= length + position - in_flight]
+        for at in (epoch, epoch + 1):
+            for first, last, shard in self._uses(at):
+                if first > position or at > epoch:
+                    if not more:
+                        return list(dict.fromkeys(found))
+                    more -= 1
+                    found.append(shard)
+                elif last >= position - in_flight:
+                    found.append(shard)
+        return list(dict.fromkeys(found))
 
     def _load(self, epoch: int, position: int) -> Batch:
         order = self._order(epoch)
@@ -403,6 +404,35 @@ class Stream:
         after = (epoch, position + 1) if position + 1 < len(order) else (epoch + 1, 0)
         loaded = [self.dataset.load(int(order[position, slot]), choose[slot]) for slot in slots]
         return _collate(loaded, slots, self.dataset.latent, after)
+
+
+LANES = 8
+"""Shards at most that a batch on an object store is made of."""
+
+
+def order_by_shards(
+    rng: np.random.Generator, indices: npt.NDArray[Any], bucket: Ints, ends: Ints, batch: int
+) -> npt.NDArray[Any]:
+    """Batches of indices, (batches, batch), that need few shards at a time: LANES, or as many as divide a batch.
+
+    Shards are put in a random order, and the samples of each, which `indices` has in a random order; all that is cut
+    into lanes of one length, and place p of a batch takes the next of lane p modulo their number. So a batch mixes as
+    many shards as there are lanes, and rank r of n, which takes places r, r + n ..., needs those of its own lanes alone
+    where n divides their number. Buckets advance side by side.
+
+    ends: how many samples there are up to the end of each shard. A function of the random numbers and the arguments.
+    """
+    lanes = next(n for n in range(min(LANES, batch, len(ends)), 0, -1) if batch % n == 0)
+    turn = rng.permutation(len(ends))
+    indices = indices[np.argsort(turn[np.searchsorted(ends, indices, side="right")], kind="stable")]
+    rows, times = [], []
+    for b in np.unique(bucket[indices]):
+        members = indices[bucket[indices] == b]
+        count = math.ceil(len(members) / batch)
+        by_lane = np.resize(members, (lanes, count, batch // lanes))
+        rows.append(by_lane.transpose(1, 2, 0).reshape(count, batch))
+        times.append((np.arange(count) + rng.random()) / count)
+    return np.concatenate(rows)[np.argsort(np.concatenate(times), kind="stable")]
 
 
 def _collate(

@@ -75,9 +75,9 @@ def latents_size(pipeline: Any, dataset: ImageDataset, indices: Ints, text: bool
     """About the bytes that the latents of these images take."""
     factor, channels = pipeline.vae_scale_factor**2, pipeline.vae.config.latent_channels
     areas = np.array([h * w for h, w in dataset.shapes])[dataset.bucket[indices]]
-    some = indices[:: max(1, len(indices) // 256)].tolist()  # captions, of which the length of all is told
+    some = np.sort(indices[:: max(1, len(indices) // 256)]).tolist()  # captions, of which the length of all is told
     samples = dataset.samples
-    captions = [text for i in some for text in samples.captions_in(samples.read_facts(i)) if text]
+    captions = [text for texts in samples.captions_at(some) for text in texts if text]
     tokens = family_of(pipeline).tokenize(pipeline, captions or [""])
     words = sum(map(len, tokens)) / len(some) * (pipeline.text_encoder.config.hidden_size if text else 2)
     return int(2 * (areas.sum() * channels // factor + words * len(indices)))
@@ -158,7 +158,7 @@ def write_shard(
     parts = [indices[i : i + 32].tolist() for i in range(0, len(indices), 32)]
     keys: list[str] = []
     latents, words, lengths = [], [], []
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, dataset.brought(indices):
         ahead = pool.map(dataset.load_all, parts[0])
         for following in [*parts[1:], []]:  # is read while the part before it is encoded
             loaded, ahead = list(ahead), pool.map(dataset.load_all, following)

@@ -152,6 +152,10 @@ class Sharded(Alone):
                     block.compile()
                 fully_shard(block, mp_policy=policy)
             fully_shard(model, mp_policy=policy)
+            if recorded := getattr(model, "_can_record_outputs", None):  # of transformers, which asks by the class:
+                from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+                _CAN_RECORD_REGISTRY[model] = recorded  # it is another now, and would give no hidden states
         fully_shard(task.module, mp_policy=policy)
         for module in task.module.modules():
             if isinstance(module, FSDPModule):

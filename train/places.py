@@ -23,13 +23,27 @@ def local_folder(place: str) -> Path:
     return open_store(place).root
 
 
-def bring_images(folder: Path) -> Path:
-    """Have all of a folder of images here. UserError where it is a data folder of ours, which may have terabytes."""
+def bring_images(folder: Path, *, by_shard: bool = False) -> Path:
+    """Have all of a folder of images here. UserError where it is a data folder of ours, which may have terabytes.
+
+    by_shard: of packed shards only what says what they are, where the rest can be read from there.
+    """
     store = store_at(folder)
-    if store.url is not None and store.stamp(folder / "plan" / "plan.json") is not None:
+    if store.url is None:
+        return folder
+    if store.stamp(folder / "plan" / "plan.json") is not None:
         raise UserError(f"{store} is a data folder of ours: give packed shards in it, {store}/shards/NAME")
-    bring(folder)
+    if not (by_shard and _bring_packed(folder)):
+        bring(folder)
     return folder
+
+
+def _bring_packed(folder: Path) -> bool:
+    """Have of packed shards what says what they are; False where they are none, or can't be read from there."""
+    from curate.sources.packed import PackedShards, packed_tars
+
+    bring(folder, "manifest.json", "sizes.json")
+    return packed_tars(folder) is not None and PackedShards(folder).remote
 
 
 def shown(path: Path) -> str:

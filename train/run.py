@@ -2,29 +2,33 @@
 
 MODEL/train.json                 settings, data, versions, result
       data.json                  which images are held out, and which can't be read
+      data/                      what is made of all samples' columns once, for all processes
       start/                     a new model before its first step
       vae-training/ latents/     what is computed before the model is trained
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from aesthetic.errors import UserError
-from aesthetic.files import scratch_path
+from aesthetic.files import atomic, scratch_path
 from curate.hub import no_progress_bars
 from curate.sources.dataset import MapDataset
-from curate.sources.tars import PackedShards
-from curate.store.files import check_space, read_json, sha256_file, write_json
+from curate.sources.packed import PackedShards
+from curate.store.files import check_space, digest, read_json, sha256_file, write_json
 from train import checkpoint
 from train.captions import CAPTION_ALONE, CaptionMix, count_captions
 from train.data import (
@@ -32,12 +36,11 @@ from train.data import (
     ImageDataset,
     Stream,
     TrainDataset,
+    aspect_ratios,
     crop_resize,
     decode_sample,
     ordered_batches,
     sampling_weights,
-    scan_images,
-    split,
 )
 from train.latents import LatentDataset, Tell, latents_size, precompute_latents, shards_of, write_shard
 from train.loop import LoopConfig, train
@@ -50,11 +53,15 @@ from train.models.release import is_released, release
 from train.objective import GAMMA, objective_of
 from train.parallel import rank_and_size
 from train.places import shown
+from train.split import scan_images, split, without
 from train.tasks import Denoise, Reconstruct, Task, fit_scale, psnr
 
 Record = dict[str, Any]
 ShouldStop = Callable[[], bool]
 """Whether training is to end after this step."""
+
+MOST_CAPTIONS = 1_000_000
+"""That a tokenizer is made of: more change none of its words, and take minutes."""
 
 SD_LR = 1e-4
 """What Stable Diffusion 1 was trained with (its model card): taken for a model that does not say."""
@@ -97,9 +104,9 @@ def further_lr(start: str, *, lora: bool) -> float:
 
 
 def hold_out(samples: MapDataset, out: Path, tell: Tell) -> dict[str, Any]:
-    """`data.json`: which images are held out, and which can't be read. Where it is not there, every image is read once.
+    """`data.json`: which images are held out, and which can't be read. Where it is not there, each is looked at once.
 
-    `tell` hears how many more were read. Raises UserError where too few can be.
+    `tell` hears at how many more. Raises UserError where too few can be.
     """
     facts: dict[str, Any] | None = read_json(out / "data.json")
     if facts is not None and facts["data"] == samples.fingerprint:
@@ -112,8 +119,10 @@ def hold_out(samples: MapDataset, out: Path, tell: Tell) -> dict[str, Any]:
     facts = {
         "data": samples.fingerprint,
         "held_out": held_out.tolist(),
-        "unreadable": {str(i): f"{known.keys[i]}: {reason}" for i, reason in known.unreadable.items()},
+        "unreadable": {str(i): f"{known.keys[i].as_py()}: {reason}" for i, reason in known.unreadable.items()},
+        "captioned": samples.captioned,
     }
+    shutil.rmtree(out / "data", ignore_errors=True)  # of other images
     write_json(out / "data.json", facts)
     return facts
 
@@ -137,12 +146,20 @@ def write_new_model(
 def default_prompts(samples: MapDataset, held_out: Sequence[int]) -> tuple[str, ...]:
     """Captions for previews: the first four of held-out images that differ, and of others where these are too few."""
     captions: dict[str, None] = {}
-    for index in [*held_out, *range(len(samples))]:
-        if caption := samples.facts(index)["caption"]:
+    everyone = (next(filter(None, texts), None) for _, rows in samples.captions() for texts in rows)
+    for caption in itertools.chain((samples.facts(index)["caption"] for index in held_out), everyone):
+        if caption:
             captions[caption] = None
         if len(captions) == 4:
             break
     return tuple(captions)
+
+
+def trained_captions(samples: MapDataset, left_out: Iterable[int], most: int = MOST_CAPTIONS) -> list[str]:
+    """The captions of all samples but some, in their order; of more than `most` every second, third ..."""
+    chosen = without(len(samples), left_out)
+    chosen = chosen[:: max(1, math.ceil(len(chosen) / most))]
+    return [text or "" for texts in samples.captions_at(chosen.tolist()) for text in texts]
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -184,7 +201,7 @@ class TrainRun:
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.pipeline, self.samples, self.out, self.loop, self.device = pipeline, samples, out, loop, device
-        self.new, self.text, self.lora, self.weight_by = new, text, lora, weight_by
+        self.new, self.text, self.lora = new, text, lora
         self.prompts, self.identity, self.captions = prompts, identity, captions
         self.family = family_of(pipeline)
         self.size = size or self.family.default_size(pipeline)
@@ -204,12 +221,16 @@ class TrainRun:
             )  # it is small
 
         facts = read_json(out / "data.json")
-        left_out = {*facts["held_out"], *map(int, facts["unreadable"])}
+        samples.fingerprint = facts["data"]  # of this very folder: nobody need read it again
         self.held_out = np.array(facts["held_out"], np.int64)
-        self.chosen = np.array([i for i in range(len(samples)) if i not in left_out], np.int64)
+        self.chosen = without(len(samples), facts["held_out"], map(int, facts["unreadable"]))
+        self.captioned: int | None = facts.get("captioned")  # images with a caption; runs of before did not count them
         self._encoded = np.sort(np.concatenate([self.chosen, self.held_out]))  # whose latents are wanted
         self.unreadable = len(facts["unreadable"])
         self.uses_latents = loop.steps * loop.batch > len(self.chosen)  # each image more than once
+        ratios = self._once("ratios", lambda: aspect_ratios(samples)) if buckets else None
+        weights = f"weights-{digest(weight_by)}"
+        self.weights = self._once(weights, lambda: sampling_weights(samples, str(weight_by))) if weight_by else None
         self.images = ImageDataset(
             samples,
             lambda captions: self.family.tokenize(self.pipeline, captions),
@@ -217,7 +238,18 @@ class TrainRun:
             buckets=buckets,
             step=self.family.size_step(pipeline),
             least=loop.batch,
+            ratios=ratios,
         )
+
+    def _once(self, name: str, make: Callable[[], npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+        """What one process of the run, the first that opens it, makes of all samples' columns; others map its file."""
+        path = self.out / "data" / f"{name}.npy"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            made = make()
+            with atomic(path) as f:
+                np.save(f, made)
+        return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
     def check_space(self) -> None:
         """DiskFull before the first step where latents and checkpoints would not fit."""
@@ -284,13 +316,17 @@ class TrainRun:
         self, task: Task, dataset: TrainDataset, config: LoopConfig, folder: Path, should_stop: ShouldStop
     ) -> Iterator[Record]:
         rank, ranks = rank_and_size()
+        if isinstance(self.samples, PackedShards):
+            self.samples.watch_bytes(rank, ranks)
+        # what is on an object store comes in another order, and who goes on must not mix the two
+        order = {"order": "by shard"} if isinstance(dataset, ImageDataset) and dataset.remote else {}
         stream = Stream(
             dataset,
             self.chosen,
             batch=config.batch,
             seed=config.seed,
             captions=self.captions,
-            weights=sampling_weights(self.samples, self.weight_by) if self.weight_by else None,
+            weights=self.weights,
             rank=rank,
             ranks=ranks,
             workers=_threads(),
@@ -302,7 +338,7 @@ class TrainRun:
             folder,
             held_out=self.held_out,
             prompts=self.prompts,
-            identity=self.identity,
+            identity={**(self.identity or {}), **order},
             should_stop=should_stop,
         )
 

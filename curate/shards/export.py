@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from aesthetic.errors import UserError
 from aesthetic.files import atomic, scratch_path, write_atomic
 from curate.sources.dataset import Sample, packed_files
-from curate.sources.tars import PackedShards
+from curate.sources.packed import PackedShards
 from curate.store.files import check_space, is_scratch, json_bytes, read_json, sha256_file
 from curate.store.lock import Lock
 

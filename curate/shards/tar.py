@@ -142,15 +142,9 @@ def tar_members(path: Path) -> list[tuple[str, tuple[int, int]]]:
             if kind not in _PLAIN or head[124] & 0x80:  # long names, sparse files, sizes past octal
                 return _members_by_tarfile(path)
             try:
-                length, checksum = int(head[124:136].strip(b" \0") or b"0", 8), int(head[148:156].strip(b" \0"), 8)
+                name, length = _name_and_length(head)
             except ValueError:
-                length = checksum = -1
-            # the checksum counts its own field as blanks; a negative length would lead in circles
-            if length < 0 or checksum % _SUMS != _sum(head[:148] + b" " * 8 + head[156:]):
-                raise CorruptShard(f"{path}: the header at byte {at:,} is damaged")
-            name = head[:100].split(b"\0", 1)[0]
-            if head[257:262] == b"ustar" and head[345]:
-                name = head[345:500].split(b"\0", 1)[0] + b"/" + name
+                raise CorruptShard(f"{path}: the header at byte {at:,} is damaged") from None
             if at + _BLOCK + length > size:
                 raise CorruptShard(f"{path}: ends inside {name.decode(errors='replace')}")
             if kind in _REGULAR:
@@ -166,6 +160,39 @@ class _Bounded(tarfile.TarInfo):
         if self.size < 0 or (self.type not in tarfile.REGULAR_TYPES and self.size > _LONGEST_HEADER):
             raise tarfile.HeaderError(f"a header of {self.size:,} bytes")
         return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
+
+
+def _name_and_length(head: bytes) -> tuple[bytes, int]:
+    """What a plain header says of its member. ValueError where it is damaged."""
+    length, checksum = int(head[124:136].strip(b" \0") or b"0", 8), int(head[148:156].strip(b" \0"), 8)
+    # the checksum counts its own field as blanks; a negative length would lead in circles
+    if length < 0 or checksum % _SUMS != _sum(head[:148] + b" " * 8 + head[156:]):
+        raise ValueError
+    name = head[:100].split(b"\0", 1)[0]
+    if head[257:262] == b"ustar" and head[345]:
+        name = head[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name, length
+
+
+def members_in(data: bytes, where: str) -> tuple[str, dict[str, bytes]]:
+    """The sample that a piece of a tar of ours holds: its key, and its members by extension.
+
+    Raises CorruptShard, which says `where`, if that is none.
+    """
+    key, members, at = "", dict[str, bytes](), 0
+    while at + _BLOCK <= len(data):
+        head = data[at : at + _BLOCK]
+        try:
+            name, length = _name_and_length(head)
+        except ValueError:
+            raise CorruptShard(f"{where}: a header is damaged") from None
+        at += _BLOCK
+        own, extension = key_of(name.decode(errors="replace"))
+        if not own or (key and own != key) or at + length > len(data) or head[156:157] not in _REGULAR:
+            raise CorruptShard(f"{where}: holds no sample")
+        key, members[extension] = own, data[at : at + length]
+        at += length + -length % _BLOCK
+    return key, members
 
 
 def _members_by_tarfile(path: Path) -> list[tuple[str, tuple[int, int]]]:

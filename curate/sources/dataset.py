@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +22,11 @@ from curate.ledger.schema import Reason, RowError
 from curate.shards.indexes import is_index
 from curate.sources.columns import CAPTION_NAMES, find_column
 from curate.sources.problems import Problems
-from curate.store.files import digest
 
 LARGEST_IMAGE = 1 << 30
 """Bytes of an image file that are read: 16 for each of the pixels that it may have."""
 
+_AT_ONCE = 4096  # samples whose facts are in memory at a time
 _PACKED_AT = re.compile(r"^shards/[^/]+/")  # of the paths in a manifest, which calls files by where they were packed
 _LARGEST_MANIFEST = 256 << 20  # bytes; of a packed folder of 100,000 tars it has 30 MB
 
@@ -49,6 +51,9 @@ class MapDataset(Sequence[Sample]):
     folder: Path
     problems: Problems
     default_caption: str | None = None
+    decoded = False
+    """Whether each image could be read when these files were written, so that nobody need look at them all again."""
+    captioned: int | None = None  # how many samples have a caption, when the fingerprint was read
     caption_columns: tuple[str, ...] = ("caption",)  # this one by any of its names, others as they are written
 
     def key(self, index: int) -> str:
@@ -92,6 +97,39 @@ class MapDataset(Sequence[Sample]):
         found = tuple(facts["caption"] if c == "caption" else caption_of(facts.get(c)) for c in self.caption_columns)
         return found if _first(found) else (self.default_caption, *found[1:])
 
+    def columns(self, *names: str) -> Iterator[tuple[list[Any], ...]]:
+        """What is known of all samples, in their order, some thousands at a time: a list of values for each name.
+
+        As `read_facts` has them, but None where those of a sample have no such name.
+        """
+        for start in range(0, len(self), _AT_ONCE):
+            rows = []
+            for index in range(start, min(start + _AT_ONCE, len(self))):
+                facts = self.read_facts(index)
+                rows.append([facts.get(name, index if name == "key" else None) for name in names])
+            yield tuple(list(column) for column in zip(*rows, strict=True))
+
+    def captions(self) -> Iterator[tuple[list[Any], list[tuple[str | None, ...]]]]:
+        """The keys of all samples, some thousands at a time, and of each the same as `captions_in`."""
+        for keys, *found in self.columns("key", *self.caption_columns):
+            columns = zip(self.caption_columns, found, strict=True)
+            texts = [values if name == "caption" else list(map(caption_of, values)) for name, values in columns]
+            rows = list(zip(*texts, strict=True))
+            if self.default_caption:
+                rows = [row if any(row) else (self.default_caption, *row[1:]) for row in rows]
+            yield keys, rows
+
+    def captions_at(self, indices: Sequence[int]) -> list[tuple[str | None, ...]]:
+        """Of some samples, in ascending order, the same as `captions_in`."""
+        if not self.decoded:
+            return [self.captions_in(self.read_facts(index)) for index in indices]
+        found, start, chosen = list[tuple[str | None, ...]](), 0, np.asarray(indices, np.int64)
+        for _, rows in self.captions():
+            low, high = np.searchsorted(chosen, [start, start + len(rows)])
+            found += [rows[index - start] for index in chosen[low:high].tolist()]
+            start += len(rows)
+        return found
+
     def sample(self, index: int) -> Sample:
         """One sample, read whole."""
         return self.as_sample(index, self.image(index), self.read_facts(index))
@@ -133,10 +171,30 @@ class MapDataset(Sequence[Sample]):
 
         Raises UserError where the JSON of more than a hundredth of the samples can't be read.
         """
-        facts = [self.read_facts(i) for i in range(len(self))]
+        return self.read_fingerprint()
+
+    def read_fingerprint(self, tell: Callable[[int], None] = lambda count: None) -> str:
+        """`fingerprint`, read now; `tell` hears of how many more samples the captions were read.
+
+        It is the digest of [captions, files, manifest], of which captions never are in memory all at once.
+        """
+        sha256, separator, captioned = hashlib.sha256(b"[["), b"", 0
+        for keys, rows in self.captions():
+            pairs = [[str(key), *texts] for key, texts in zip(keys, rows, strict=True)]
+            sha256.update(separator + json.dumps(pairs)[1:-1].encode())
+            separator = b", "
+            captioned += sum(map(any, rows))
+            tell(len(keys))
         self.problems.refuse_many("json", len(self), str(self.folder))
-        captions = [[str(f.get("key", i)), *self.captions_in(f)] for i, f in enumerate(facts)]
-        return digest([captions, [[p.name, p.stat().st_size] for p in self.files()], self._manifest()])
+        rest = json.dumps([self.file_sizes(), self._manifest()], sort_keys=True, default=str)
+        sha256.update(b"], " + rest[1:].encode())
+        self.captioned = captioned
+        self.__dict__["fingerprint"] = found = sha256.hexdigest()[:16]
+        return found
+
+    def file_sizes(self) -> list[tuple[str, int]]:
+        """The names of `files` and their lengths in bytes."""
+        return [(path.name, path.stat().st_size) for path in self.files()]
 
     def _manifest(self) -> Any:
         """What a manifest says of the samples' files; indexes that were written later change nothing."""

@@ -33,14 +33,12 @@ from curate.sources.listing import (
     require_one_format,
 )
 from curate.sources.lists import open_list
+from curate.sources.packed import PackedShards, not_in_copy, packed_tars
 from curate.sources.remote import copy_lists, copy_objects, find_objects, is_remote
 from curate.sources.tars import (
-    PackedShards,
     TarInput,
     Tars,
     index_samples,
-    not_in_copy,
-    packed_tars,
     tars_of,
     tars_passed_over,
 )

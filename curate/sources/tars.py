@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
@@ -24,15 +23,13 @@ from curate.sources.dataset import (
     Sample,
     caption_in,
     json_in,
-    packed_files,
-    read_json_of_others,
     text_in,
 )
 from curate.sources.img2dataset import failed_place, rows_by_key
 from curate.sources.inputs import SamplesInput, merged, no_place, place
 from curate.sources.listing import TEXT_EXTENSIONS, UNREAD_EXTENSIONS, Listing, list_folder
 from curate.sources.problems import LARGEST_CAPTION, Problems
-from curate.store.files import digest, sha256_once
+from curate.store.files import digest
 
 Span = tuple[int, int]
 """Offset and size of a member of a tar."""
@@ -233,65 +230,6 @@ class Tars(PartedDataset):
                 known = in_json if json_span[1] >= 0 else known
                 caption = caption or caption_in(known)
         return data, {**known, "caption": caption}
-
-
-class PackedShards(Tars):
-    """The samples of a packed folder, `shards/NAME` or a copy of it, in the order in which they were packed.
-
-    Shards that a copy lacks are left out, and `passed_over` says so. Raises UserError where the folder is no packed
-    selection, or a tar of it has another length than was written; whether the bytes are others, `check_bytes` says.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder, self._listing = Path(folder), Listing(Path(folder))
-        manifest, sizes = packed_tars(self.folder), read_json_of_others(self.folder / "sizes.json")
-        if manifest is None:
-            raise UserError(f"{folder} holds no packed shards. `tastemaker pack DATA --name NAME` makes them.")
-        self._packed = {self.folder / name: fact for name, fact in sorted(manifest.items())}
-        there = [tar for tar in self._packed if tar.is_file()]
-        if not there:
-            raise UserError(f"{folder}: none of its {len(manifest):,} tars is here. Copy them again.")
-        self._open(self.folder, there, kind="")
-        if cut := [t.name for t in there if t.stat().st_size != self._packed[t]["bytes"]]:
-            raise UserError(
-                f"{folder}: {len(cut):,} of its {len(manifest):,} tars cut or of other bytes: {first_three(cut)}. "
-                "Copy them again, or remove them from the folder: what is there is then used without them"
-            )
-        counts: list[Any] = [sizes.get(t.name) if isinstance(sizes, dict) else None for t in self.parts]
-        is_known = all(type(count) is int and count >= 0 for count in counts)
-        self.ends = list(accumulate(counts if is_known else (len(self._places(t).keys) for t in self.parts)))
-
-    def missing(self) -> list[str]:
-        """The names of the tars that were packed and are not in this copy."""
-        return [tar.name for tar in self._packed if tar not in {*self.parts}]
-
-    def passed_over(self) -> list[str]:
-        return [*not_in_copy(self.folder), *super().passed_over()]
-
-    def check_bytes(self) -> None:
-        with ThreadPoolExecutor() as pool:
-            same = pool.map(lambda tar: sha256_once(tar) == self._packed[tar]["sha256"], self.parts)
-            wrong = [tar.name for tar, is_same in zip(self.parts, same, strict=True) if not is_same]
-        if wrong:
-            raise UserError(
-                f"{self.folder}: {len(wrong):,} of its {len(self._packed):,} tars hold other bytes than were packed: "
-                f"{first_three(wrong)}. Copy them again, or remove them from the folder"
-            )
-
-
-def packed_tars(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """The tars of a packed folder, each with its `sha256` and `bytes`, by its manifest; None where it has none."""
-    return {name: fact for name, fact in packed_files(folder).items() if name.endswith(".tar")} or None
-
-
-def not_in_copy(folder: Path) -> list[str]:
-    """Which of the tars that were packed a copy of them lacks, in a sentence; nothing where none, or nothing packed."""
-    packed = packed_tars(folder) or {}
-    missing = [name for name in sorted(packed) if not (folder / name).is_file()]
-    return missing and [
-        f"{len(missing):,} of the {len(packed):,} shards that were packed are not in this copy, "
-        f"which is used without them: {first_three(missing)}"
-    ]
 
 
 def tars_of(listing: Listing) -> list[Path]:

@@ -30,7 +30,7 @@ class ExportOptions(Options):
 def run(options: ExportOptions) -> Result:
     """Write every sample to the folder, shard by shard; one that was stopped goes on."""
     from curate.shards.export import export
-    from curate.sources.tars import PackedShards
+    from curate.sources.packed import PackedShards
     from pipelines.runtime.progress import ProgressBar
     from train.places import bring_images, local_folder
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -144,7 +145,7 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
     from train.models.release import is_released
     from train.run import earlier_run
 
-    bring_images(options.data)
+    bring_images(options.data, by_shard=True)
     check_data(options.data)
     bring(options.out)
     samples = open_samples(options.data, options.caption, options.captions)
@@ -152,7 +153,9 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
         sampling_weights(samples, options.weight_by)
     resolved = _resolve(options, samples)
     settings = {"from" if name == "start" else name: getattr(resolved, name) for name in SETTINGS}
-    settings["data"] = samples.fingerprint
+    count = ProgressBar(sys.stderr, "captions", len(samples))
+    settings["data"] = samples.read_fingerprint(count)
+    count.clear()
     record = earlier_run(options.out, settings)
     if record and record.get("finished") and is_released(options.out):
         return _result(options.out, record)
@@ -174,7 +177,7 @@ def _run(options: TrainOptions, group: ProcessGroup | None) -> Result:
             train_run, trainer = _prepare(resolved, samples, prompts, facts, free, terminal, stack, group)
         except (UserError, DiskFull):
             if record is None:
-                folder.undo(["train.json", "data.json", "start", "logs"])
+                folder.undo(["train.json", "data.json", "data", "start", "logs"])
             raise
         lines = _headline(train_run, resolved, trainer.about, facts["captions"], preset_given=bool(options.preset))
         terminal.writelines(line + "\n" for line in lines)
@@ -368,7 +371,8 @@ def _prepare(
     from train.models.family import family_of, load_model
     from train.models.given import find_text_encoder, find_vae
     from train.models.presets import PRESETS
-    from train.run import default_prompts, hold_out, write_new_model
+    from train.run import default_prompts, hold_out, trained_captions, write_new_model
+    from train.split import without
 
     def say(text: str) -> None:
         terminal.write(text + "\n")
@@ -383,16 +387,14 @@ def _prepare(
     data = hold_out(samples, out, count)
     if not scanned:
         count.end(f", {len(data['unreadable']):,} of them can't be read" if data["unreadable"] else "")
-    left_out = {*data["held_out"], *map(int, data["unreadable"])}
-    chosen = [i for i in range(len(samples)) if i not in left_out]
+    chosen = without(len(samples), data["held_out"], map(int, data["unreadable"]))
     if resolved.batch and resolved.batch > len(chosen):
         raise UserError(f"--batch {resolved.batch} is more than the {len(chosen)} images to train on")
     if resolved.weight_by and not sampling_weights(samples, resolved.weight_by)[chosen].sum() > 0:
         raise UserError(f"no image to train on has a {resolved.weight_by} above 0")
 
     if resolved.preset:
-        seen = [samples.read_facts(i) for i in range(len(samples)) if i not in {*data["held_out"]}]
-        captions = [text or "" for facts in seen for text in samples.captions_in(facts)]
+        captions = trained_captions(samples, data["held_out"])
         preset = replace(PRESETS[resolved.preset], size=resolved.size or PRESETS[resolved.preset].size)
         write_new_model(
             out / "start", preset, captions, str(resolved.objective), resolved.seed,
@@ -455,11 +457,11 @@ def _headline(
         yield f"       the {what} is trained; text encoder and autoencoder stay as they are"
     if run.vae_loop:
         yield f"       its autoencoder of {vae:.2f} M parameters is trained first, {run.vae_loop.steps:,} steps"
-    without = sum(1 for i in run.chosen.tolist() if not run.samples.facts(i)["caption"])
+    uncaptioned = 0 if run.captioned is None else len(run.samples) - run.captioned
     yield (
         f"data   {len(run.chosen):,} images to train on, {len(run.held_out):,} held out"
         + (f", {run.unreadable:,} can't be read (data.json names them)" if run.unreadable else "")
-        + (f", {without:,} without a caption" if without else "")
+        + (f", {uncaptioned:,} without a caption" if uncaptioned else "")
         + (f", in {len(run.images.shapes)} shapes" if resolved.buckets else "")
     )
     yield from (f"       {line}" for line in describe_captions(captions, run.captions))

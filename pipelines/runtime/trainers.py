@@ -34,7 +34,7 @@ from train.loop import LoopConfig
 from train.models.family import load_model
 from train.models.presets import PRESETS
 from train.parallel import PeerLost, rank_and_size
-from train.places import bring, push
+from train.places import bring, bring_images, push
 from train.run import Record, ShouldStop, TrainRun
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class TrainJob:
     def there(self) -> TrainJob:
         """In a worker: the same job, with the folders that this process has of data and model, and what lies there."""
         data, model = self.data.open(), self.model.open()
-        bring(data.root)
+        bring_images(data.root, by_shard=True)
         bring(model.root)
         return replace(self, options=replace(self.options, data=data.root, out=model.root))
 

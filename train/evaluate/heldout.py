@@ -13,15 +13,16 @@ import numpy.typing as npt
 import torch
 
 from aesthetic.errors import UserError
-from aesthetic.splits import groups_of
+from aesthetic.splits import near_copies
 from curate.sources.dataset import MapDataset
 from curate.store.files import digest, read_json
-from train.data import Ints, TrainDataset, open_samples, ordered_batches, scan_images, split
+from train.data import Ints, TrainDataset, open_samples, ordered_batches
 from train.devices import autocast, out_of_memory
 from train.models.family import family_of
 from train.models.info import training_record
 from train.objective import GAMMA, objective_of
 from train.places import bring_images, local_folder
+from train.split import connected, scan_images, split, without
 from train.tasks import HELD_OUT_TIMES, Denoise, eval_mode
 
 OnDone = Callable[[int], None]
@@ -65,7 +66,7 @@ def _held_out(model: str | Path, samples: MapDataset, on_done: OnDone) -> HeldOu
         return HeldOut(held, unreadable, samples, trained_on, record, note)
 
     scan = scan_images(samples, on_done)
-    readable = np.array([i for i in range(len(samples)) if i not in scan.unreadable], np.int64)
+    readable = without(len(samples), scan.unreadable)
     nothing = np.zeros(0, np.int64)
     if not known:
         note = "the model has no train.json, which would tell what it was trained on: it may have seen these images"
@@ -82,13 +83,12 @@ def _held_out(model: str | Path, samples: MapDataset, on_done: OnDone) -> HeldOu
 
     trained_on, _, _ = _sides_of_split(folder, training, on_done)
     other = scan_images(training, on_done)
-    groups = groups_of(
-        [f"ours {i}" for i in readable] + [f"theirs {i}" for i in trained_on],
-        sha256=[scan.sha256[i] for i in readable] + [other.sha256[i] for i in trained_on],
-        phash=[scan.phash[i] for i in readable] + [other.phash[i] for i in trained_on],
-    ).names
-    seen = set(groups[len(readable) :])
-    new = np.array([group not in seen for group in groups[: len(readable)]], bool)
+    sha256, phash = (
+        np.concatenate([ours[readable], theirs[trained_on]])
+        for ours, theirs in ((scan.sha256, other.sha256), (scan.phash, other.phash))
+    )
+    groups = connected(len(sha256), near_copies(sha256, phash))
+    new = ~np.isin(groups[: len(readable)], groups[len(readable) :])
     note = "other images than the model was trained on"
     if not new.all():
         note += f"; {(~new).sum():,} more are left out as near-duplicates of training images"
@@ -106,8 +106,7 @@ def _sides_of_split(folder: Path, samples: MapDataset, on_done: OnDone) -> tuple
             and all(type(n) is int and 0 <= n < len(samples) for n in held)
             and all(str(n).isascii() and str(n).isdigit() for n in lost)
         ):
-            out = {*held, *map(int, lost)}
-            trained_on = np.array([i for i in range(len(samples)) if i not in out], np.int64)
+            trained_on = without(len(samples), held, [i for i in map(int, lost) if i < len(samples)])
             return trained_on, np.array(held, np.int64), len(lost)
     scan = scan_images(samples, on_done)  # the same images give the same split
     return *split(samples, known=scan), len(scan.unreadable)
