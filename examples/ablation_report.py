@@ -18,7 +18,7 @@ from train.evaluate.figures import kid_floor, mmd2, scaled
 Array = npt.NDArray[np.float64]
 
 DRAWS = 1000
-HALVES = 200  # subsets of half of the images of which KID is taken
+HALVES = 100  # subsets of half of the images of which KID is taken
 
 WORDS = {
     "chance": "by chance", "size": "size", "sharpness": "sharpness", "text": "text in the image",
