@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -367,3 +369,20 @@ def test_the_command_trains_a_transformer_on_parts_of_others(images: Path, tmp_p
         drawn = tmp_path / f"drawn-{number}"
         assert main(["sample", str(tmp_path / name), "a red disc", *lora, "--steps", "2", "--out", str(drawn)]) == 0
         assert Image.open(next(drawn.glob("*.png"))).size == (32, 32)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("more", [[], ["--shard"]])
+def test_two_processes_train_a_transformer_as_one_does(images: Path, tmp_path: Path, more: list[str]) -> None:
+    """With Muon on what may be sharded, and a text encoder that is asked for the states inside of it."""
+    words = ["train", str(images), "--preset", "debug-dit", "--batch", "8", "--steps", "6", "--out"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "pipelines.cli", *words, str(tmp_path / "two"), *more]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == 6 and np.allclose(one, two, rtol=2e-3)
+    assert family_of(load_model(tmp_path / "two")).default_size(load_model(tmp_path / "two")) == 16

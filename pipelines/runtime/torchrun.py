@@ -43,7 +43,15 @@ class ProcessGroup:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-        dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        # by a store of this attempt alone: torch 2.15 finds there the addresses of processes that it has started again
+        attempt = f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # torchrun's
+        dist.init_process_group(
+            "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl",
+            store=dist.PrefixStore(attempt, store),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
         self._words: Any = dist.new_group(backend="gloo", timeout=_LONG)
         self._all_are_busy = False
 
