@@ -13,12 +13,12 @@ from curate.encoders.bundled import FEATURES
 from curate.sheets import enlarged, sheet
 from curate.store.files import read_json, write_json
 from examples.faults import CLEAN, FAULTS
-from train.evaluate.figures import kid_floor, mmd2, scaled
+from train.evaluate.figures import kernel, kid_floor, scaled
 
 Array = npt.NDArray[np.float64]
 
 DRAWS = 1000
-HALVES = 100  # subsets of half of the images of which KID is taken
+HALVES = 200  # subsets of half of the images of which KID is taken
 
 WORDS = {
     "chance": "by chance", "size": "size", "sharpness": "sharpness", "text": "text in the image",
@@ -98,19 +98,34 @@ def paired(gap: Array, seed: int = 0) -> dict[str, float]:
 
 
 def kids(real: Mapping[str, Any], measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Array]:
-    """KID of each way and seed, (seeds, HALVES): of the same halves of prompts and of real images for all."""
+    """KID of each way and seed, (seeds, HALVES): of the same halves of prompts and of real images for all.
+
+    As `train.evaluate.figures.mmd2` has it of two halves, but every pair's kernel is computed once.
+    """
     features = scaled(real["vectors"][:, FEATURES])
-    theirs = {way: [scaled(c["vectors"][:, FEATURES]) for c in cells] for way, cells in measured.items()}
-    seeds, prompts = len(theirs["chance"]), len(theirs["chance"][0])
-    found = {way: np.empty((seeds, HALVES)) for way in theirs}
+    prompts, seeds = len(measured["chance"][0]["vectors"]), len(measured["chance"])
     rng = np.random.default_rng(0)
-    for half in range(HALVES):
-        drawn = rng.choice(prompts, prompts // 2, replace=False)
-        some = features[rng.choice(len(features), min(len(features) // 2, 2 * prompts), replace=False)]
-        for way, cells in theirs.items():
-            for s, cell in enumerate(cells):
-                found[way][s, half] = mmd2(cell[drawn], some)
+    halves = [(_half(prompts, rng), _half(len(features), rng)) for _ in range(HALVES)]
+    among = kernel(features, features)
+    found = {way: np.empty((seeds, HALVES)) for way in measured}
+    for way, cells in measured.items():
+        for s, cell in enumerate(cells):
+            x = scaled(cell["vectors"][:, FEATURES])
+            own, cross = kernel(x, x), kernel(x, features)
+            for half, (drawn, some) in enumerate(halves):
+                crossed = 2 * float(cross[np.ix_(drawn, some)].mean())
+                found[way][s, half] = _pairs(own, drawn) + _pairs(among, some) - crossed
     return found
+
+
+def _half(count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    return rng.choice(count, count // 2, replace=False)
+
+
+def _pairs(kernels: Array, rows: npt.NDArray[np.int64]) -> float:
+    """The mean over pairs of different rows."""
+    part = kernels[np.ix_(rows, rows)]
+    return float((part.sum() - np.trace(part)) / (len(rows) * (len(rows) - 1)))
 
 
 def closed(report: Mapping[str, Any], name: str) -> float | None:

@@ -15,12 +15,14 @@ import pytest
 from PIL import Image
 
 from aesthetic.errors import UserError
+from curate.encoders.bundled import FEATURES
 from curate.layout import Data
 from curate.ledger.view import query
 from curate.store.files import write_json
 from examples import ablation, faults
-from examples.ablation_report import against_chance, paired
+from examples.ablation_report import HALVES, against_chance, kids, paired
 from examples.shapes import BACKGROUNDS, COLOURS, SHAPES, SIZE, image
+from train.evaluate.figures import kid
 
 
 def good(count: int) -> list[faults.Captioned]:
@@ -103,6 +105,15 @@ def test_a_difference_has_an_interval_over_seeds_and_images() -> None:
     assert against_chance(sure, "similarity") == "worse"
     unsure = paired(np.array([[0.5], [-0.5], [0.1]]) + rng.normal(0, 0.01, (3, 200)))  # seeds disagree
     assert unsure["low"] < 0 < unsure["high"] and against_chance(unsure, "loss") == "no difference seen"
+
+
+def test_kid_of_halves_is_that_of_the_evaluation() -> None:
+    rng = np.random.default_rng(0)
+    real, one = (rng.normal(1, 1, (n, FEATURES.start + 20)) for n in (40, 24))
+    found = kids({"vectors": real}, {"chance": [{"vectors": one}], "clean": [{"vectors": real[:24]}]})
+    assert found["chance"].shape == (1, HALVES) and found["chance"].mean() > found["clean"].mean()
+    expected = kid(one[:, FEATURES], real[:, FEATURES], subset=12, subsets=2000)
+    assert found["chance"].mean() == pytest.approx(expected.mean, abs=0.1 * expected.sd)
 
 
 @pytest.mark.long
