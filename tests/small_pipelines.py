@@ -90,11 +90,11 @@ def tokenizer(tokens: int = 64) -> Any:
     return wrapped
 
 
-def clip(kind: Any = CLIPTextModel, tokens: int = 16) -> Any:
+def clip(kind: Any = CLIPTextModel, tokens: int = 16, wide: int = WIDE) -> Any:
     t = clip_tokenizer()
     return kind(
         CLIPTextConfig(
-            vocab_size=len(t), hidden_size=WIDE, intermediate_size=32, projection_dim=WIDE, num_hidden_layers=2,
+            vocab_size=len(t), hidden_size=wide, intermediate_size=32, projection_dim=wide, num_hidden_layers=2,
             num_attention_heads=2, max_position_embeddings=tokens, bos_token_id=t.bos_token_id,
             eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id,
         )
@@ -136,13 +136,13 @@ def unet(**more: Any) -> Any:
     )  # fmt: skip
 
 
-def sdxl() -> Any:
+def sdxl(second: int = WIDE) -> Any:
     return StableDiffusionXLPipeline(
-        vae=vae(), text_encoder=clip(), text_encoder_2=clip(CLIPTextModelWithProjection),
+        vae=vae(), text_encoder=clip(), text_encoder_2=clip(CLIPTextModelWithProjection, wide=second),
         tokenizer=clip_tokenizer(), tokenizer_2=clip_tokenizer(), scheduler=EulerDiscreteScheduler(),
         unet=unet(
-            cross_attention_dim=2 * WIDE, addition_embed_type="text_time", addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + WIDE,
+            cross_attention_dim=WIDE + second, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + second,
         ),
     )  # fmt: skip
 

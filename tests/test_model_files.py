@@ -223,11 +223,11 @@ def test_what_can_be_trained_further_is_told_without_the_weights(model: Path, mi
 
 def test_what_is_no_folder_of_a_model_says_what_to_do(mine: Path, tmp_path: Path) -> None:
     (tmp_path / "v1.safetensors").write_text("x")
-    with pytest.raises(UserError, match=r"a model in a single file.*from_single_file"):
+    with pytest.raises(UserError, match=r"v1\.safetensors is no safetensors file"):
         read_model_info(tmp_path / "v1.safetensors")
     (tmp_path / "folder").mkdir()
     (tmp_path / "v1.safetensors").rename(tmp_path / "folder" / "v1.safetensors")
-    with pytest.raises(UserError, match=r"v1\.safetensors is a model in a single file"):
+    with pytest.raises(UserError, match=r"Did you mean .*v1\.safetensors\?"):
         read_model_info(tmp_path / "folder")
     save_file({"a.lora_A.weight": torch.ones(1)}, tmp_path / "style.safetensors")
     with pytest.raises(UserError, match=r"is a LoRA: give the model that it was trained on, and --lora"):

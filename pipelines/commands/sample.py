@@ -60,7 +60,10 @@ class SampleOptions(Options):
     """None: what suits the model."""
 
     model: str | None = argument(
-        "MODEL", "a folder of any text-to-image model of diffusers, or a hub id", nargs="?", default=None
+        "MODEL",
+        "a folder of any text-to-image model of diffusers, a .safetensors file, or a hub id",
+        nargs="?",
+        default=None,
     )
     prompt: tuple[str, ...] = argument("PROMPT", nargs="*", default=())
     prompts: Path | None = option("a prompt on each line", metavar="FILE", type=input_file)

@@ -18,7 +18,7 @@ from pipelines.serving import check_serving, serve, take_address
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(DrawingOptions):
-    model: str = argument("MODEL", "a folder of any text-to-image model of diffusers, or a hub id")
+    model: str = argument("MODEL", "a folder of any text-to-image model of diffusers, a .safetensors file, or a hub id")
     batch: int = option("images of a job drawn at once", default=1, metavar="N", type=positive_int)
     upscaler: Path | None = option(
         "enlarge with ESRGAN-type weights (extra `upscale`)", metavar="FILE", type=input_file

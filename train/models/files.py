@@ -1,8 +1,7 @@
-"""A model's folder: here, or downloaded from the hub."""
+"""A model's folder: here, downloaded from the hub, or made of a single file."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import socket
 from pathlib import Path
@@ -11,14 +10,15 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import printable
 from curate.hub import no_progress_bars
 from curate.store.mirror import here, open_store
-from curate.weight_files import read_header
+from train.models.single_file import convert_single_file
 
 _TRAINING = ("checkpoints", "latents", "start", "vae-training", "samples", "evaluation", "logs", "tensorboard")
 """What lies in a model's folder beside the model."""
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder that a name of a model means, whether there is one or not: of a URL, a copy of the model in it."""
+    """The folder (or single file) that a name of a model means, whether there is one or not: of a URL, a copy of the
+    model in it."""
     if found := re.fullmatch(r"(.+://.+)/(checkpoints/\d+)/pipeline/?", str(name)):  # train.json lies above it
         store = open_store(found[1])
         folder = store.root / found[2] / "pipeline"
@@ -28,12 +28,13 @@ def model_folder(name: str | Path) -> Path:
 
 
 def find_model_folder(name: str | Path) -> Path:
-    """The folder of a model. One on the hub is downloaded into the hub's cache, where it is not there yet."""
+    """The folder of a model. One on the hub is downloaded into the hub's cache, where it is not there yet; one in a
+    single file is made into a folder in ours."""
     folder = model_folder(name)
     if (folder / "model_index.json").is_file():
         return folder
     if folder.is_file():
-        raise UserError(_single_file_hint(folder))
+        return convert_single_file(folder)
     if folder.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1:  # so has a URL
         inner = sorted(folder.glob("checkpoints/*/pipeline")) if folder.is_dir() else []
         files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.ckpt")) if folder.is_dir() else []
@@ -43,7 +44,7 @@ def find_model_folder(name: str | Path) -> Path:
         if inner:
             hint = f" Did you mean {inner[-1]}?"
         elif files and "LoRA" not in hint:
-            hint = " " + _single_file_hint(files[0])
+            hint = f" Did you mean {files[0]}?"
         raise UserError(f"{name} holds no diffusers pipeline.{hint}")
     if folder.parent.is_dir():
         models = sorted(p.name for p in folder.parent.iterdir() if (p / "model_index.json").is_file())
@@ -81,17 +82,3 @@ def _why_not(error: BaseException) -> str:
             return f"{constants.ENDPOINT} does not answer"
         cause = cause.__cause__ or cause.__context__
     return first
-
-
-def _single_file_hint(file: Path) -> str:
-    """What to do with a model that is a single file."""
-    if file.suffix not in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        return f"{file} is a file: a folder with model_index.json is expected, or a hub id."
-    with contextlib.suppress(UserError):
-        if file.suffix == ".safetensors" and any("lora" in name for name in read_header(file).tensors):
-            return f"{file} is a LoRA: give the model that it was trained on, and --lora {file}"
-    return (
-        f"{file} is a model in a single file, and a diffusers folder is expected. Make one of it where the Hugging "
-        f"Face hub can be reached, which says how such files are laid out: python -c 'from diffusers import "
-        f'StableDiffusionPipeline as P; P.from_single_file("{file}").save_pretrained("{file.with_suffix("")}")\''
-    )
