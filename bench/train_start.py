@@ -12,7 +12,8 @@ process of its own:
 - another: opens the same, with what the first one wrote, and makes the first batch.
 
 Seconds are of CPU time, which other work on the machine does not change, and of the clock; memory is the most that the
-process held, and how much of that it took to load torch and our modules.
+process held, and how much of that it took to load torch and our modules. What it takes to compare the bytes of tars is
+told apart, as that of more than 4 GB is done while training runs.
 """
 
 from __future__ import annotations
@@ -140,6 +141,9 @@ def measure(folder: Path, out: Path) -> dict[str, Any]:
 
     samples = open_samples(folder)
     mark("open")
+    samples.check_bytes()  # of 4 GB at most: larger folders are compared while training runs
+    compared = time.process_time() - marks[0]
+    marks[0] = time.process_time()
     if not (out / "data.json").is_file():
         samples.read_fingerprint()
         mark("fingerprint")
@@ -162,11 +166,11 @@ def measure(folder: Path, out: Path) -> dict[str, Any]:
     assert len(batch.keys) == BATCH
     return {
         "images": len(samples),
-        "cpu_s": round(time.process_time() - began[0], 2),
+        "cpu_s": round(time.process_time() - began[0] - compared, 2),
         "clock_s": round(time.monotonic() - began[1], 2),
         "memory_mb": round(_memory()),
         "loaded_mb": round(loaded),
-        "spent": spent,
+        "spent": {**spent, "(bytes compared": f"{compared:.2f})"},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 from aesthetic.errors import UserError
 from aesthetic.splits import groups_of
 from bench.train_start import make_packed
-from curate.sources import packed
+from curate.sources import kept_tars, packed
 from curate.sources.dataset import MapDataset
 from curate.sources.packed import PackedShards
 from curate.sources.tars import Tars
@@ -99,6 +100,28 @@ def test_columns_say_what_the_tars_hold(shards: Path, tmp_path: Path) -> None:
     manifest = {n: f for n, f in manifest.items() if not n.endswith((".json", ".idx"))}
     sizes = [[tar.name, tar.stat().st_size] for tar in sorted(shards.glob("*.tar"))]
     assert ours.fingerprint == digest([captions, sizes, manifest])  # as it was before there were columns
+
+
+def test_what_tars_of_others_hold_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASTEMAKER_CACHE", str(tmp_path / "cache"))
+    folder = make_packed(tmp_path / "all", 24, 12)
+    tars = as_tars(folder, tmp_path / "tars")
+    for tar in tars.parts:
+        os.utime(tar, (1e9, 1e9))  # what was written just now is not kept
+    monkeypatch.setattr(kept_tars, "FROM", 10)
+    first = Tars(tars.folder)
+    names = ("key", "caption", "aesthetic", "none such")
+    before, fingerprint = list(first.columns(*names)), first.fingerprint
+    assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 2 and before == list(first.columns(*names))
+    with monkeypatch.context() as patch:
+        patch.setattr("curate.sources.tars.tar_members", None)  # whoever read a tar's headers would fail
+        patch.setattr("curate.sources.tars.read_members", None)
+        again = Tars(tars.folder)
+        assert list(again.columns(*names)) == before and again.fingerprint == fingerprint
+        assert [again.key(i) for i in (0, 13)] == [first.key(i) for i in (0, 13)]
+    assert [again[i] for i in (3, 20)] == [first[i] for i in (3, 20)] and again.notes() == first.notes()
+    shutil.copy(tars.parts[0], tars.parts[1])  # another tar under the name
+    assert [Tars(tars.folder).key(i) for i in (0, 12)] == [first.key(0), first.key(0)]
 
 
 def rule(samples: MapDataset, share: float) -> list[int]:

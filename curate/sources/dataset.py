@@ -149,12 +149,14 @@ class MapDataset(Sequence[Sample]):
     def check_caption_columns(self) -> None:
         """UserError, naming the columns with texts, where no image has one in one of the caption columns."""
         lacking, there = set(self.caption_columns), set[str]()
-        for index in range(len(self)):
-            facts = self.read_facts(index)
-            there |= {name for name, value in facts.items() if isinstance(value, str) and value.strip()}
-            lacking -= {c for c in lacking if (facts["caption"] if c == "caption" else caption_of(facts.get(c)))}
+        for found in self.columns(*self.caption_columns):
+            columns = zip(self.caption_columns, found, strict=True)
+            lacking -= {c for c, values in columns if any(values if c == "caption" else map(caption_of, values))}
             if not lacking:
                 return
+        for index in range(min(len(self), _AT_ONCE)):
+            facts = self.read_facts(index)
+            there |= {name for name, value in facts.items() if isinstance(value, str) and value.strip()}
         name = next(c for c in self.caption_columns if c in lacking)
         raise UserError(
             f"no image in {self.folder} has a text in the column {printable(name, 80)!r}; there are "

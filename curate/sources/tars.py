@@ -17,6 +17,7 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import first_three, printable
 from curate.ledger.schema import Reason, RowError, Status
 from curate.shards.tar import IMAGE_EXTENSIONS, CorruptShard, image_member, key_of, read_range, tar_members
+from curate.sources import kept_tars
 from curate.sources.dataset import (
     LARGEST_IMAGE,
     PartedDataset,
@@ -58,6 +59,15 @@ class TarCounts:
         self.unread += other.unread
         self.several += other.several
         self.repeated += other.repeated
+
+    def to_json(self) -> dict[str, Any]:
+        """Itself as a JSON object."""
+        return {**vars(self), "kinds": dict(self.kinds), "unread": dict(self.unread)}
+
+    @staticmethod
+    def of_json(value: dict[str, Any]) -> TarCounts:
+        """Of what `to_json` gave."""
+        return TarCounts(**{**value, "kinds": Counter(value["kinds"]), "unread": Counter(value["unread"])})
 
     def notes(self) -> list[str]:
         """A sentence for each oddity."""
@@ -172,17 +182,49 @@ class Tars(PartedDataset):
     def _open(self, folder: Path, tars: list[Path], kind: str | None = None) -> None:
         self.folder, self.problems, self._counts = folder, Problems(), TarCounts()
         self.parts, self._kind = tars, kind
+        self._kept, self._to_keep = dict[Path, Path](), dict[Path, tuple[Path, TarCounts]]()
         self._places = lru_cache(maxsize=None)(self._find_places)
 
     def _find_places(self, tar: Path) -> _Places:
+        path = kept_tars.kept_path(tar, self._kind)
+        if path and (known := kept_tars.places(path)):
+            self._kept[tar] = path
+            counts = TarCounts.of_json(known[3])
+            if self._kind is None and counts.kinds:
+                self._kind = counts.kind
+            self._counts.add(counts)
+            return _Places(*known[:3])
         index = index_samples(tar, self._kind)
         if self._kind is None and index.counts.kinds:  # the first tar decides for all
             self._kind = index.counts.kind
         self._counts.add(index.counts)
+        if path and len(index.samples) >= kept_tars.FROM:
+            self._to_keep[tar] = path, index.counts
         rows = [(k, i, m) for k, m in index.samples.items() if (i := image_member(m, index.counts.kind))]
         spans = [[i[1], m.get("json", _NONE), text_member(m, i[0])] for _, i, m in rows]
         keys, extensions = [k for k, _, _ in rows], [i[0] for _, i, _ in rows]
         return _Places(np.array(keys, str), np.array(extensions, str), np.array(spans, np.int64).reshape(-1, 3, 2))
+
+    def columns(self, *names: str) -> Iterator[tuple[list[Any], ...]]:
+        start = 0
+        for tar, end in zip(self.parts, self.ends, strict=True):
+            found = self._places(tar)
+            if tar in self._kept and (parts := kept_tars.columns(self._kept[tar], names)) is not None:
+                for part in parts:
+                    for column, name in zip(part, names, strict=True):
+                        if name == "key":
+                            column[:] = [start + i if key is None else key for i, key in enumerate(column)]
+                    yield part
+                    start += len(part[0]) if part else 0
+            else:
+                before = self.problems.counts.total()
+                facts = [self.read_facts(index) for index in range(start, end)]
+                if tar in self._to_keep and self.problems.counts.total() == before:  # those are counted each time
+                    path, counts = self._to_keep.pop(tar)
+                    kept_tars.keep(path, found.keys, found.extensions, found.spans, facts, counts.to_json())
+                    self._kept[tar] = path
+                yield tuple([f.get(n, start + i if n == "key" else None) for i, f in enumerate(facts)] for n in names)
+            start = end
 
     def passed_over(self) -> list[str]:
         return [*tars_passed_over(self._listing), *self._counts.notes()]
