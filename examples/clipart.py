@@ -84,15 +84,21 @@ def captioned() -> Iterator[tuple[str, bytes, str]]:
     with tempfile.TemporaryDirectory() as scratch:
         for image, name in _emoji(Path(scratch)):
             yield "emoji", image, f"{name.lower()}, emoji"
+    for source, path, caption in clip_art_and_stamps():
+        yield source, path.read_bytes(), caption
+
+
+def clip_art_and_stamps() -> Iterator[tuple[str, Path, str]]:
+    """(source, image file, caption) of what Debian's packages hold; downloads them where they are not there yet."""
     home = unpacked(CLIP_ART)
     for path in sorted(home.rglob("*.png")):
         parts = path.relative_to(home).parts
         inner = "/".join(parts[parts.index("png") + 1 :])
         if not inner.startswith(_DULL):
-            yield "clipart", path.read_bytes(), clip_art_caption(inner)
+            yield "clipart", path, clip_art_caption(inner)
     for path in sorted(unpacked(STAMPS).rglob("*.png")):
         if said := caption_beside(path):
-            yield "stamps", path.read_bytes(), f"{said.rstrip('.').lower()}, stamp"
+            yield "stamps", path, f"{said.rstrip('.').lower()}, stamp"
 
 
 def _emoji(scratch: Path) -> Iterator[tuple[bytes, str]]:
@@ -119,18 +125,18 @@ def clip_art_caption(path: str) -> str:
     return ", ".join(part for part in (" ".join(words), kind.replace("_", " "), "clip art") if part)
 
 
-def on_white(image: bytes) -> np.ndarray | None:
-    """The whole image in the middle of a white square, (SIDE, SIDE, 3) uint8; None where it is too small for that."""
+def on_white(image: bytes, side: int = SIDE) -> np.ndarray | None:
+    """The whole image in the middle of a white square, (side, side, 3) uint8; None where it is too small for that."""
     pixels = decode(image)
     height, width = pixels.shape[:2]
-    scale = SIDE / max(height, width)
+    scale = side / max(height, width)
     if scale > 2:
         return None
     size = max(1, round(width * scale)), max(1, round(height * scale))
     if size != (width, height):
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    square = np.full((SIDE, SIDE, 3), 255, np.uint8)
-    top, left = (SIDE - size[1]) // 2, (SIDE - size[0]) // 2
+    square = np.full((side, side, 3), 255, np.uint8)
+    top, left = (side - size[1]) // 2, (side - size[0]) // 2
     square[top : top + size[1], left : left + size[0]] = pixels
     return square
 
