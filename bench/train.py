@@ -134,7 +134,8 @@ def batch_of(pipeline: Any, images: torch.Tensor, latent: bool, numbers: Sequenc
     tokens = tokenize(pipeline, [caption(n) for n in numbers])
     lengths = torch.tensor([len(t) for t in tokens])
     padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-    return Batch([str(n) for n in numbers], list(numbers), images, latent, padded, lengths, (0, 0))
+    views = torch.zeros(len(numbers), 6, dtype=torch.int64)  # which this model does not read
+    return Batch([str(n) for n in numbers], list(numbers), images, latent, padded, lengths, views, (0, 0))
 
 
 def in_turn(contenders: dict[str, Turn], rounds: int) -> dict[str, list[float]]:

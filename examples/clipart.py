@@ -43,6 +43,7 @@ from curate.images.decode import decode
 from curate.ledger.schema import RowError
 from curate.store.files import digest, read_json, write_json
 from demo.pictures import STAMPS, caption_beside, readable, unpacked
+from train.captions import Choose, first_caption
 from train.data import ImageDataset, Stream, open_samples, ordered_batches
 from train.latents import precompute_latents
 from train.loop import LoopConfig, train
@@ -83,15 +84,21 @@ def captioned() -> Iterator[tuple[str, bytes, str]]:
     with tempfile.TemporaryDirectory() as scratch:
         for image, name in _emoji(Path(scratch)):
             yield "emoji", image, f"{name.lower()}, emoji"
+    for source, path, caption in clip_art_and_stamps():
+        yield source, path.read_bytes(), caption
+
+
+def clip_art_and_stamps() -> Iterator[tuple[str, Path, str]]:
+    """(source, image file, caption) of what Debian's packages hold; downloads them where they are not there yet."""
     home = unpacked(CLIP_ART)
     for path in sorted(home.rglob("*.png")):
         parts = path.relative_to(home).parts
         inner = "/".join(parts[parts.index("png") + 1 :])
         if not inner.startswith(_DULL):
-            yield "clipart", path.read_bytes(), clip_art_caption(inner)
+            yield "clipart", path, clip_art_caption(inner)
     for path in sorted(unpacked(STAMPS).rglob("*.png")):
         if said := caption_beside(path):
-            yield "stamps", path.read_bytes(), f"{said.rstrip('.').lower()}, stamp"
+            yield "stamps", path, f"{said.rstrip('.').lower()}, stamp"
 
 
 def _emoji(scratch: Path) -> Iterator[tuple[bytes, str]]:
@@ -118,18 +125,18 @@ def clip_art_caption(path: str) -> str:
     return ", ".join(part for part in (" ".join(words), kind.replace("_", " "), "clip art") if part)
 
 
-def on_white(image: bytes) -> np.ndarray | None:
-    """The whole image in the middle of a white square, (SIDE, SIDE, 3) uint8; None where it is too small for that."""
+def on_white(image: bytes, side: int = SIDE) -> np.ndarray | None:
+    """The whole image in the middle of a white square, (side, side, 3) uint8; None where it is too small for that."""
     pixels = decode(image)
     height, width = pixels.shape[:2]
-    scale = SIDE / max(height, width)
+    scale = side / max(height, width)
     if scale > 2:
         return None
     size = max(1, round(width * scale)), max(1, round(height * scale))
     if size != (width, height):
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    square = np.full((SIDE, SIDE, 3), 255, np.uint8)
-    top, left = (SIDE - size[1]) // 2, (SIDE - size[0]) // 2
+    square = np.full((side, side, 3), 255, np.uint8)
+    top, left = (side - size[1]) // 2, (side - size[0]) // 2
     square[top : top + size[1], left : left + size[0]] = pixels
     return square
 
@@ -168,7 +175,7 @@ class Kept:
     latent = False
 
     def __init__(self, images: ImageDataset) -> None:
-        self.bucket = images.bucket
+        self.bucket, self.view = images.bucket, images.view
         with ThreadPoolExecutor() as pool:
             loaded = pool.map(lambda i: self._small(*images.load(i)), range(len(images)))
             self._keys, pixels, tokens = zip(*loaded, strict=True)
@@ -181,7 +188,7 @@ class Kept:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def load(self, index: int, dropped: bool = False) -> tuple[str, Tensor, Tensor]:
+    def load(self, index: int, choose: Choose = first_caption) -> tuple[str, Tensor, Tensor]:
         """As ImageDataset has it; captions, which an autoencoder does not read, are never dropped."""
         return self._keys[index], self._pixels[index].float().div_(127.5).sub_(1), self._tokens[index]
 

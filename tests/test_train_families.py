@@ -32,6 +32,7 @@ from train.tasks import Denoise, generate_images
 
 CAPTIONS = ["a red star on a teal background", "a blue circle on a white background"] * 10
 TINY = PRESETS["debug-dit"]
+NO_VIEWS = torch.zeros(2, 6)  # which these families do not read
 
 CLEAN = """
 import sys, numpy as np, torch
@@ -105,7 +106,7 @@ def test_a_network_that_knows_the_image_is_sampled_to_it_by_the_familys_own_pipe
     x_t, target, _ = objective_of(made.scheduler).noised(x0.expand(2, -1, -1, -1), noise, t)
     lengths, tokens = padded(family.tokenize(made, ["a red star", ""]))
     text = family.encode_text(made.text_encoder, tokens, lengths)
-    assert torch.allclose(family.predict(family.network(made), x_t, t, text, lengths), target, atol=1e-4)
+    assert torch.allclose(family.predict(family.network(made), x_t, t, text, lengths, NO_VIEWS), target, atol=1e-4)
 
 
 def test_captions_are_read_as_the_pipeline_reads_prompts(pipeline: Any) -> None:
@@ -124,9 +125,9 @@ def test_a_new_transformer_answers_nothing_and_learns_in_all_its_parts(images: P
     task = Denoise(made)
     examples = ImageDataset(open_samples(images), lambda c: tokenize(made, c), 16)
     batch = next(Stream(examples, np.arange(48), batch=8).batches())
-    x0, _, t, words, lengths = task.inputs(batch, 0, 0)
+    x0, _, t, words, lengths, views = task.inputs(batch, 0, 0)
     text = task.family.encode_text(made.text_encoder, words, lengths)
-    assert float(task.family.predict(made.transformer, x0, t, text, lengths).detach().abs().max()) == 0
+    assert float(task.family.predict(made.transformer, x0, t, text, lengths, views).detach().abs().max()) == 0
     frozen = {n for n, p in made.text_encoder.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in made.text_encoder.named_parameters() if n.startswith(("layers.1.", "norm."))}
     trained = {n: p for n, p in task.module.named_parameters() if p.requires_grad}

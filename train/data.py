@@ -76,8 +76,11 @@ class Batch:
     slots: list[int]  # the place of each sample in the whole batch, over all ranks
     images: Tensor  # (n, 3, h, w) float32 in [-1, 1]; or latents, (n, c, h / f, w / f)
     latent: bool  # which of the two
-    tokens: Tensor  # (n, longest) int64; or what a frozen text encoder makes of them, (n, longest, width) float32
+    tokens: (
+        Tensor  # (n, longest) or (n, longest, 2) int64; or what frozen text encoders make of it, (.., width) float32
+    )
     lengths: Tensor  # (n,) int64, on the CPU: how many tokens each caption has; what is beyond is 0
+    views: Tensor  # (n, 6) int64: what of the images is shown (`view_of`)
     cursor: tuple[int, int]  # (epoch, position) of the batch that comes after this one
 
 
@@ -90,6 +93,10 @@ class TrainDataset(Protocol):
     def __len__(self) -> int: ...
     def load(self, index: int, choose: Choose = first_caption) -> tuple[str, Tensor, Tensor]:
         """(key, image or latents, tokens or the text encoder's states of the caption that is chosen)."""
+        ...
+
+    def view(self, index: int) -> list[int]:
+        """What of the image is shown (`view_of`)."""
         ...
 
 
@@ -166,6 +173,10 @@ class ImageDataset:
         pixels = torch.from_numpy(crop_resize(decode_sample(sample, 2 * max(height, width)), height, width))
         return sample, pixels.permute(2, 0, 1).float().div_(127.5).sub_(1)
 
+    def view(self, index: int) -> list[int]:
+        """What of the image is shown (`view_of`)."""
+        return view_of(*_size(self.samples, index), *self.shapes[self.bucket[index]])
+
 
 def decode_sample(sample: Sample, min_side: int) -> npt.NDArray[np.uint8]:
     """(h, w, 3), its short side at least `min_side` where the file has that. Raises UserError naming the sample."""
@@ -185,6 +196,26 @@ def crop_resize(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.N
         interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
         pixels = cv2.resize(pixels, (width, height), interpolation=interpolation)  # type: ignore[assignment]
     return np.ascontiguousarray(pixels)
+
+
+def view_of(height: int, width: int, shown_height: int, shown_width: int) -> list[int]:
+    """What of an image is shown, as Stable Diffusion XL is told it: its own height and width, how much is cut off above
+    and on the left once it is scaled, and the height and width that are shown. All in pixels."""
+    scale = max(shown_height / height, shown_width / width)
+    top, left = (round(max(0.0, scale * a - b) / 2) for a, b in ((height, shown_height), (width, shown_width)))
+    return [height, width, top, left, shown_height, shown_width]
+
+
+def _size(samples: MapDataset, index: int) -> tuple[int, int]:
+    """(height, width) of an image, by its facts where they are possible, else by the file's header."""
+    facts = samples.facts(index)
+    height, width = (_number(facts.get(name)) for name in ("height", "width"))
+    if not all(1 <= side <= 65_535 for side in (height, width)):
+        try:
+            _, width, height = probe(samples.image(index))
+        except RowError:  # whoever reads it gets the error; it is in no one's way here
+            height = width = 1
+    return int(height), int(width)
 
 
 def aspect_ratios(samples: MapDataset) -> npt.NDArray[np.float64]:
@@ -403,7 +434,8 @@ class Stream:
         ]
         after = (epoch, position + 1) if position + 1 < len(order) else (epoch + 1, 0)
         loaded = [self.dataset.load(int(order[position, slot]), choose[slot]) for slot in slots]
-        return _collate(loaded, slots, self.dataset.latent, after)
+        views = [self.dataset.view(int(order[position, slot])) for slot in slots]
+        return _collate(loaded, views, slots, self.dataset.latent, after)
 
 
 LANES = 8
@@ -436,12 +468,16 @@ def order_by_shards(
 
 
 def _collate(
-    loaded: list[tuple[str, Tensor, Tensor]], slots: list[int], latent: bool, cursor: tuple[int, int]
+    loaded: list[tuple[str, Tensor, Tensor]],
+    views: list[list[int]],
+    slots: list[int],
+    latent: bool,
+    cursor: tuple[int, int],
 ) -> Batch:
     keys, images, tokens = zip(*loaded, strict=True)
     lengths = torch.tensor([len(t) for t in tokens])
     words = pad_sequence(list(tokens), batch_first=True)
-    return Batch(list(keys), slots, torch.stack(images), latent, words, lengths, cursor)
+    return Batch(list(keys), slots, torch.stack(images), latent, words, lengths, torch.tensor(views), cursor)
 
 
 def ordered_batches(dataset: TrainDataset, indices: Ints, size: int) -> Iterator[Batch]:
@@ -450,4 +486,5 @@ def ordered_batches(dataset: TrainDataset, indices: Ints, size: int) -> Iterator
         members = indices[dataset.bucket[indices] == bucket]
         for start in range(0, len(members), size):
             part = [int(i) for i in members[start : start + size]]
-            yield _collate([dataset.load(i) for i in part], part, dataset.latent, (0, 0))
+            views = [dataset.view(i) for i in part]
+            yield _collate([dataset.load(i) for i in part], views, part, dataset.latent, (0, 0))

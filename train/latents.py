@@ -3,7 +3,8 @@
     LATENTS/00000.safetensors    latents (n, c, h, w) float16, one shape per file; tokens (all, ) int32, those of one
                                  caption after those of another, all columns' of an image before the next image's, or
                                  where the text encoder is frozen too what it makes of them, text (all, width) float16
-                                 or bfloat16; lengths (n, columns) int32, how many are of each caption; 0: no text
+                                 or bfloat16; lengths (n, columns) int32, how many are of each caption; 0: no text;
+                                 views (n, 6) int32 (`data.view_of`)
             00000.json           the images' indices and keys, what the file was made with; written after it
             empty.safetensors    tokens or text of '', which takes the place of dropped captions
             made.json            what they were made from and with, the length of every file; written last
@@ -35,7 +36,7 @@ from train.captions import Choose, first_caption
 from train.data import ImageDataset, Ints
 from train.models.family import family_of
 
-_FORMAT = 4
+_FORMAT = 5
 
 Tell = Callable[[int], None]
 """Hears how many more images are done."""
@@ -51,14 +52,14 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def made_from(pipeline: Any, dataset: ImageDataset, indices: Ints, text: bool = False) -> dict[str, Any]:
-    """What latents depend on: autoencoder and its scale, tokenizer, text encoder where used, images, their shapes."""
+    """What latents depend on: autoencoder and its scale, tokenizers, text encoders where used, images, their shapes."""
+    family, parts = family_of(pipeline), sorted(pipeline.components.items())
+    tokenizers = [part for name, part in parts if name.startswith("tokenizer") and part is not None]
     return {
         "format": _FORMAT,
-        "vae": digest(
-            [weights_digest(pipeline.vae), pipeline.vae.config.scaling_factor, family_of(pipeline).shift(pipeline.vae)]
-        ),
-        "tokenizer": digest([pipeline.tokenizer.get_vocab(), pipeline.tokenizer.model_max_length]),
-        "text_encoder": weights_digest(pipeline.text_encoder) if text else None,
+        "vae": digest([weights_digest(pipeline.vae), pipeline.vae.config.scaling_factor, family.shift(pipeline.vae)]),
+        "tokenizer": digest([[t.get_vocab(), t.model_max_length] for t in tokenizers]),
+        "text_encoder": weights_digest(family.text_encoder(pipeline)) if text else None,
         "pictures": dataset.samples.fingerprint,
         "shapes": digest([dataset.shapes, dataset.bucket[indices].tolist()]),
         "numbers": digest(indices.tolist()),
@@ -73,13 +74,15 @@ def shards_of(dataset: ImageDataset, indices: Ints, shard_size: int = 1024) -> l
 
 def latents_size(pipeline: Any, dataset: ImageDataset, indices: Ints, text: bool = False) -> int:
     """About the bytes that the latents of these images take."""
+    encoders = family_of(pipeline).text_encoders(pipeline).values()
+    width = sum(encoder.config.hidden_size for encoder in encoders) if text else 2
     factor, channels = pipeline.vae_scale_factor**2, pipeline.vae.config.latent_channels
     areas = np.array([h * w for h, w in dataset.shapes])[dataset.bucket[indices]]
     some = np.sort(indices[:: max(1, len(indices) // 256)]).tolist()  # captions, of which the length of all is told
     samples = dataset.samples
     captions = [text for texts in samples.captions_at(some) for text in texts if text]
     tokens = family_of(pipeline).tokenize(pipeline, captions or [""])
-    words = sum(map(len, tokens)) / len(some) * (pipeline.text_encoder.config.hidden_size if text else 2)
+    words = sum(map(len, tokens)) / len(some) * width
     return int(2 * (areas.sum() * channels // factor + words * len(indices)))
 
 
@@ -178,10 +181,11 @@ def write_shard(
                 words.append(_text_states(pipeline, tokens) if text else torch.cat(tokens).int())
             lengths += [[0 if t is None else len(t) for t in row] for row in rows]
             tell(len(loaded))
+        views = torch.tensor([dataset.view(i) for i in indices.tolist()], dtype=torch.int32)
     if not words:  # no image of this shard has a caption
         words = [torch.zeros(0, 1, dtype=family.text_dtype) if text else torch.zeros(0, dtype=torch.int32)]
     tensors = {"latents": torch.cat(latents).contiguous(), "text" if text else "tokens": torch.cat(words)}
-    data = save({**tensors, "lengths": torch.tensor(lengths, dtype=torch.int32)})
+    data = save({**tensors, "lengths": torch.tensor(lengths, dtype=torch.int32), "views": views})
     check_space(folder, len(data))
     path = folder / f"{shard_name(shard)}.safetensors"
     path.with_suffix(".json").unlink(missing_ok=True)
@@ -194,10 +198,11 @@ def write_shard(
 def _text_states(pipeline: Any, tokens: Sequence[Tensor]) -> Tensor:
     """What the text encoder makes of captions, one after the other: (all, width)."""
     family, rows = family_of(pipeline), []
+    encoder, device = family.text_encoder(pipeline).eval(), family.network(pipeline).device
     for part in (tokens[i : i + 32] for i in range(0, len(tokens), 32)):
         lengths = torch.tensor([len(t) for t in part])
-        padded = pad_sequence(list(part), batch_first=True).to(pipeline.text_encoder.device)
-        states = family.encode_text(pipeline.text_encoder, padded, lengths)
+        padded = pad_sequence(list(part), batch_first=True).to(device)
+        states = family.encode_text(encoder, padded, lengths)
         rows += [row[:n].to(family.text_dtype).cpu() for row, n in zip(states, lengths.tolist(), strict=True)]
     return torch.cat(rows)
 
@@ -228,6 +233,7 @@ class LatentDataset:
         self._keys = [record["keys"] for record in records]
         # mapped memory, whose rows are read when they are touched: four times as fast as a slice of the file for each
         # row, and a GPU takes 10,000 small latents a second
+        self._views: list[Tensor] = []
         self._mapped: list[tuple[Tensor, Tensor, npt.NDArray[np.int64]]] = []  # latents, words, (n, columns, 2) of them
         for name in names:
             with safe_open(self.folder / name, "pt") as file:
@@ -235,6 +241,7 @@ class LatentDataset:
                 ends = lengths.cumsum().reshape(lengths.shape)
                 spans = np.stack([ends - lengths, ends], -1)
                 self._mapped.append((file.get_tensor("latents"), file.get_tensor(self._words), spans))
+                self._views.append(file.get_tensor("views"))
         self._empty = self._typed(load((self.folder / "empty.safetensors").read_bytes())[self._words])
 
         shapes = [tuple(latents.shape[1:]) for latents, _, _ in self._mapped]
@@ -262,3 +269,9 @@ class LatentDataset:
         chosen = choose([start < end for start, end in captions])
         text = self._empty if chosen is None else self._typed(words[slice(*captions[chosen])])
         return self._keys[shard][row], latents[row].float(), text
+
+    def view(self, index: int) -> list[int]:
+        """What of the image is shown (`data.view_of`)."""
+        shard, row = self._place[index].tolist()
+        view: list[int] = self._views[shard][row].tolist()
+        return view

@@ -145,12 +145,13 @@ def flow_scheduler(shift: float = 1.0) -> Any:
 def objective_of(scheduler: Any, gamma: float | None = GAMMA) -> Objective:
     """The objective that a pipeline was trained with, told by its scheduler. Raises UserError for another kind."""
     if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
-        return Objective("flow", flow, float(scheduler.config.shift))
+        config = scheduler.config  # shifted by the size of an image, as Flux, is drawing alone, not its training
+        return Objective("flow", flow, 1.0 if config.use_dynamic_shifting else float(config.shift))
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind == "flow_prediction":
         return Objective("flow", flow, float(scheduler.config.get("flow_shift", 1.0)))
     made = {"v_prediction": ("v", v), "epsilon": ("eps", eps)}.get(kind)
-    if made is None or scheduler.config.num_train_timesteps != TIMES:
+    if made is None or scheduler.config.num_train_timesteps != TIMES or not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(
             f"the model's scheduler is {type(scheduler).__name__} for {kind!r} over "
             f"{scheduler.config.num_train_timesteps} times; what can be trained further is "

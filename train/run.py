@@ -253,9 +253,9 @@ class TrainRun:
 
     def check_space(self) -> None:
         """DiskFull before the first step where latents and checkpoints would not fit."""
-        p, network = self.pipeline, self.family.network(self.pipeline)
-        trained = 0 if self.lora else count_parameters([network, p.text_encoder] if self.text else [network])
-        whole = 0 if self.lora else count_parameters([network, p.text_encoder, p.vae])
+        p, network, text = self.pipeline, self.family.network(self.pipeline), self.family.text_encoder(self.pipeline)
+        trained = 0 if self.lora else count_parameters([network, text] if self.text else [network])
+        whole = 0 if self.lora else count_parameters([network, text, p.vae])
         latents = latents_size(p, self.images, self._encoded, not self.text) if self.uses_latents else 0
         if not (self.out / "checkpoints").is_dir():
             each = 4 * (4 * trained + whole)  # raw, average, two moments; the pipeline

@@ -89,8 +89,8 @@ class Denoise:
         pipeline.vae.requires_grad_(False).eval()
         self.family.train_text(pipeline, text and not self.family.has_lora(pipeline))
         self._network = self.family.network(pipeline)
-        self.modules = {self.family.denoiser: self._network, "text_encoder": pipeline.text_encoder}
-        self.module = DenoisingError(self.family, self._network, pipeline.text_encoder, self.objective)
+        self.modules = {self.family.denoiser: self._network, **self.family.text_encoders(pipeline)}
+        self.module = DenoisingError(self.family, self._network, self.family.text_encoder(pipeline), self.objective)
         self._sample_noise = _NoisePrefetcher(self.objective.sample_time)
 
     def matrices(self) -> list[nn.Parameter]:
@@ -101,7 +101,7 @@ class Denoise:
         """Latents, noise, a random time for each, and captions as tokens or as what the text encoder makes of them."""
         x0 = self._latents(batch)
         t, noise = self._sample_noise(seed, step, batch.slots, x0)
-        return x0, noise, t, batch.tokens.to(x0.device), batch.lengths
+        return x0, noise, t, batch.tokens.to(x0.device), batch.lengths, batch.views.to(x0.device)
 
     def held_out_losses(self, batch: Batch, seed: int) -> Tensor:
         """Mean squared error of each sample, averaged over the eight times of HELD_OUT_TIMES."""
@@ -113,7 +113,8 @@ class Denoise:
         text = self.module.encode_text(batch.tokens.to(x0.device), batch.lengths)
         _, noise = (x.to(x0.device) for x in _time_and_noise(seed, _HELD_OUT, batch.slots, x0.shape[1:]))
         times = (torch.full((len(x0),), float(t), device=x0.device) for t in HELD_OUT_TIMES)
-        return torch.stack([self.module(x0, noise, t, text, batch.lengths) for t in times])
+        views = batch.views.to(x0.device)
+        return torch.stack([self.module(x0, noise, t, text, batch.lengths, views) for t in times])
 
     def _latents(self, batch: Batch) -> Tensor:
         device = self._network.device
@@ -150,22 +151,27 @@ class DenoisingError(nn.Module):
         self.denoiser, self.text_encoder = denoiser, text_encoder
         self._family, self._objective = family, objective
 
-    def forward(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, lengths: Tensor, views: Tensor) -> Tensor:
         """Mean squared error of each sample, (n,) float32, weighted by the objective.
 
         Args:
             x0, noise: (n, c, h, w) float32.
             t: times in [0, TIMES), (n,) float32.
-            text: tokens (n, longest) int64, or what the text encoder makes of them, floating point.
+            text: tokens (n, longest) or (n, longest, 2) int64, or what the text encoder makes of them, floating point.
             lengths: of each caption, (n,) int64, on the CPU.
+            views: (n, 6), what of each image is shown.
         """
         x_t, target, weight = self._objective.noised(x0, noise, t)
-        predicted = self._family.predict(self.denoiser, x_t, t, self.encode_text(text, lengths), lengths)
+        predicted = self._family.predict(self.denoiser, x_t, t, self.encode_text(text, lengths), lengths, views)
         return weight * F.mse_loss(predicted.float(), target, reduction="none").mean((1, 2, 3))
 
     def encode_text(self, text: Tensor, lengths: Tensor) -> Tensor:
         """What the denoiser takes of captions; what is that already, as where it is precomputed, stays as it is."""
-        return text if text.is_floating_point() else self._family.encode_text(self.text_encoder, text, lengths)
+        if text.is_floating_point():
+            return text
+        if not any(p.requires_grad for p in self.text_encoder.parameters()):
+            self.text_encoder.eval()  # T5 has dropout
+        return self._family.encode_text(self.text_encoder, text, lengths)
 
 
 class Reconstruct:
@@ -281,7 +287,7 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     rows = slice(start, stop)
     return replace(
         batch, keys=batch.keys[rows], slots=batch.slots[rows], images=batch.images[rows], tokens=batch.tokens[rows],
-        lengths=batch.lengths[rows],
+        lengths=batch.lengths[rows], views=batch.views[rows],
     )  # fmt: skip
 
 
@@ -304,7 +310,8 @@ def generate_images(
 @contextlib.contextmanager
 def eval_mode(pipeline: Any) -> Iterator[None]:
     """Without gradients, dropout and progress bars."""
-    modules = [family_of(pipeline).network(pipeline), pipeline.text_encoder, pipeline.vae]
+    family = family_of(pipeline)
+    modules = [family.network(pipeline), *family.text_encoders(pipeline).values(), pipeline.vae]
     were = [m.training for m in modules]
     pipeline.set_progress_bar_config(disable=True)
     for m in modules:

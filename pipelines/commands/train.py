@@ -263,7 +263,7 @@ def check_options(options: TrainOptions) -> None:
         folder = model_folder(start)
         if (folder / LORA_FILE).is_file() and not (folder / "model_index.json").is_file():
             raise UserError(f"{start} is a LoRA: give --from the model that it was trained on (its README.md names it)")
-        check_trainable(read_model_info(start), options.size)
+        check_trainable(read_model_info(start), options.size, lora=options.lora is not None)
 
 
 def _check_preset(options: TrainOptions) -> None:
@@ -475,7 +475,8 @@ def _headline(
     from train.models.base import count_parameters
 
     p, loop, what = run.pipeline, run.loop, run.family.title
-    net, text, vae = (count_parameters([m]) / 1e6 for m in (run.family.network(p), p.text_encoder, p.vae))
+    parts = run.family.network(p), run.family.text_encoder(p), p.vae
+    net, text, vae = (count_parameters([m]) / 1e6 for m in parts)
     name = str(resolved.start or resolved.preset)
     if run.new and not preset_given:
         name += f" (the preset for a machine with{'' if name == 'small-64' else 'out'} a GPU; --preset names others)"

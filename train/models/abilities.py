@@ -17,6 +17,9 @@ STABLE_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
 TRAINABLE = (STABLE_DIFFUSION[0], "ZImagePipeline")
 """What can be trained here (`train.models.family`)."""
 
+LORA_ONLY = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+"""What LoRAs can be trained of here, and nothing more."""
+
 
 @dataclass(frozen=True)
 class Abilities:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from aesthetic.errors import UserError
+
+MMDIT_ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+)
+"""Projections of attention in transformers that have weights of their own for text, as diffusers' own LoRA training."""
 
 
 class Family(ABC):
@@ -28,13 +37,28 @@ class Family(ABC):
 
     @abstractmethod
     def tokenize(self, pipeline: Any, captions: Sequence[str]) -> list[Tensor]:
-        """The token ids of each caption, (length,) int64, as the pipeline itself reads prompts."""
+        """The token ids of each caption, (length,) int64, as the pipeline itself reads prompts; of several tokenizers
+        (length, 2)."""
+
+    def text_encoders(self, pipeline: Any) -> dict[str, Any]:
+        """The models that read captions, by their attributes of the pipeline, the first one first."""
+        parts = sorted(pipeline.components.items())
+        return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
+
+    def text_encoder(self, pipeline: Any) -> nn.Module:
+        """The one that reads captions, or all of them in a list."""
+        encoders = list(self.text_encoders(pipeline).values())
+        return encoders[0] if len(encoders) == 1 else nn.ModuleList(encoders)
 
     def count_tokens(self, pipeline: Any, captions: Sequence[str]) -> list[int]:
         """How many tokens each caption has before it is cut or padded."""
         if not captions:
             return []
-        return [len(row) for row in pipeline.tokenizer(list(captions), verbose=False).input_ids]
+        return [len(row) for row in self.tokenizer(pipeline)(list(captions), verbose=False).input_ids]
+
+    def tokenizer(self, pipeline: Any) -> Any:
+        """The one that reads captions, or of several the one that reads most of them."""
+        return pipeline.tokenizer
 
     def most_tokens(self, pipeline: Any) -> int:
         """Tokens of a caption at most: what is beyond is cut."""
@@ -42,10 +66,11 @@ class Family(ABC):
 
     @abstractmethod
     def encode_text(self, text_encoder: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """What the denoiser is given of captions: (n, longest, width).
+        """What the denoiser is given of captions: (n, longest, width), as many rows as tokens.
 
         Args:
-            tokens: (n, longest) int64; what is beyond a caption's own length is anything.
+            text_encoder: what `text_encoder` gives.
+            tokens: (n, longest) int64 or (n, longest, 2); what is beyond a caption's own length is anything.
             lengths: (n,) int64.
         """
 
@@ -56,18 +81,21 @@ class Family(ABC):
 
     def train_text(self, pipeline: Any, train: bool) -> None:
         """Let the text encoder be trained, as far as its output depends on it, or not at all."""
-        pipeline.text_encoder.requires_grad_(train)
+        self.text_encoder(pipeline).requires_grad_(train)
 
     # -------------------------------------------------------------------------------------------------- denoising
 
     @abstractmethod
-    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, lengths: Tensor, views: Tensor
+    ) -> Tensor:
         """What the network says of x_t, (n, c, h, w), in the units and the sign of `train.objective`.
 
         Args:
             x_t: (n, c, h, w), noised latents.
             t: (n,), times in [0, 1000), 0 the clean image.
             text, lengths: as `encode_text` gives and takes them.
+            views: (n, 6), what of the images is shown (see `train.data.view_of`).
         """
 
     def network(self, pipeline: Any) -> Any:
@@ -139,8 +167,32 @@ class Family(ABC):
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network(pipeline)))
+        layers = get_peft_model_state_dict(self.network(pipeline))
+        if self.denoiser == "unet":  # in transformers it renames some layers alone, and loaders take one kind of names
+            layers = convert_state_dict_to_diffusers(layers)
         getattr(diffusers, self.pipeline).save_lora_weights(folder, **{f"{self.denoiser}_lora_layers": layers})
+
+
+def padded_ids(tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
+    """Token ids of captions, padded and cut to a length: (n, length) int64."""
+    ids: Tensor = tokenizer(
+        list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def with_pooled(states: Tensor, pooled: Tensor) -> Tensor:
+    """States (n, length, width) and a row more: the pooled vector, and zeros up to the width.
+
+    Raises UserError for a vector that is wider than the states, which no published model has.
+    """
+    room = states.shape[-1] - pooled.shape[-1]
+    if room < 0:
+        raise UserError(
+            f"the model's text encoders pool {pooled.shape[-1]} numbers, more than the {states.shape[-1]} of a token: "
+            "a LoRA of it can't be trained here"
+        )
+    return torch.cat([states, F.pad(pooled, (0, room))[:, None]], 1)
 
 
 def count_parameters(modules: Iterable[nn.Module]) -> int:

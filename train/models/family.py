@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from aesthetic.errors import UserError
-from train.models import unet, z_image
-from train.models.abilities import TRAINABLE
+from train.models import flux, sd3, sdxl, unet, z_image
+from train.models.abilities import LORA_ONLY, TRAINABLE
 from train.models.base import Family
 from train.models.info import ModelInfo, read_model_info
 from train.models.load import load_pipeline
 from train.models.presets import PRESETS, Preset, TransformerPreset, UnetPreset
 
-FAMILIES: tuple[Family, ...] = (unet.UnetFamily(), z_image.ZImageFamily())
+FAMILIES: tuple[Family, ...] = (
+    *(unet.UnetFamily(), z_image.ZImageFamily()),
+    *(sdxl.SdxlFamily(), sd3.Sd3Family(), flux.FluxFamily()),
+)
 """What can be trained."""
 
 
@@ -63,6 +66,7 @@ def load_model(model: ModelInfo | str | Path, dtype: torch.dtype = torch.float32
     info = model if isinstance(model, ModelInfo) else read_model_info(model)
     if not info.is_trainable:
         raise UserError(
-            f"{info.name} is a {info.abilities.text}: what can be trained further is of {' or '.join(TRAINABLE)}"
+            f"{info.name} is a {info.abilities.text}: what can be trained further is of "
+            f"{', '.join((*TRAINABLE, *LORA_ONLY))}"
         )
     return load_pipeline(info, dtype)

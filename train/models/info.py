@@ -14,7 +14,7 @@ from aesthetic.errors import UserError
 from aesthetic.untrusted import read_json_file
 from curate.store.files import sha256_file
 from curate.weight_files import weight_files
-from train.models.abilities import OF_STABLE_DIFFUSION, STABLE_DIFFUSION, TRAINABLE, Abilities, abilities_of
+from train.models.abilities import LORA_ONLY, OF_STABLE_DIFFUSION, STABLE_DIFFUSION, TRAINABLE, Abilities, abilities_of
 from train.models.configs import ModelIndexConfig, TrainRecordConfig, read_config
 from train.models.files import find_model_folder, model_folder
 from train.models.others import denoiser_of, finest_channels, read_others, side_of_latents, vae_factor
@@ -42,8 +42,9 @@ class ModelInfo:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether it is of a family that is trained here."""
-        return self.abilities.text in TRAINABLE
+        """Whether it is of a family of which at least LoRAs are trained here, with all that reads its captions."""
+        kind = self.abilities.text
+        return kind in TRAINABLE or (kind in LORA_ONLY and {"text_encoder", "text_encoder_2"} <= self.configs.keys())
 
     @property
     def unet(self) -> dict[str, Any]:
@@ -157,26 +158,38 @@ def read_model_info(name: str | Path) -> ModelInfo:
     return ModelInfo(str(name), folder, configs, scheduler, trained, abilities, parts, index.default_sample_size)
 
 
-def check_trainable(info: ModelInfo, size: int | None) -> None:
-    """Raise UserError where a model can't be trained further, or not on images of this side."""
-    if not info.is_trainable:
+def check_trainable(info: ModelInfo, size: int | None, *, lora: bool = False) -> None:
+    """Raise UserError where a model can't be trained further, or no LoRA of it, or not on images of this side."""
+    kind = info.abilities.text
+    if kind not in (*TRAINABLE, *LORA_ONLY):
         raise UserError(
-            f"{info.name} is a {info.abilities.text}: what can be trained further are models of the type of "
-            f"{' and '.join(TRAINABLE)}"
+            f"{info.name} is a {kind}: what can be trained further are models of the type of "
+            f"{' and '.join(TRAINABLE)}, and with --lora LoRAs of {', '.join(LORA_ONLY)} too. SimpleTuner trains LoRAs "
+            'of many others, and reads packed shards as they are (docs/training.md, "Other models")'
         )
+    if kind in LORA_ONLY:
+        if not lora:
+            raise UserError(f"{info.name} is a {kind}, of which LoRAs are trained here, and not the whole: give --lora")
+        if not info.is_trainable:
+            raise UserError(f"{info.name} goes without one of its text encoders: a LoRA of it can't be trained here")
+        if info.vae.get("latents_mean") or info.scheduler["_class_name"].startswith("EDM"):
+            raise UserError(
+                f"{info.name} is noised as in Karras et al. 2022 (EDM), and not as {kind} usually: a LoRA of it can't "
+                "be trained here"
+            )
     config = info.scheduler
-    kind, times = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps", 1000)
-    if kind not in ("flow_prediction", "v_prediction", "epsilon") or times != 1000:
+    prediction, times = config.get("prediction_type", "epsilon"), config.get("num_train_timesteps", 1000)
+    if prediction not in ("flow_prediction", "v_prediction", "epsilon") or times != 1000:
         raise UserError(
-            f"{info.folder / 'scheduler' / 'scheduler_config.json'}: the model predicts {kind!r} over {times} times; "
-            "what can be trained further is flow_prediction, v_prediction and epsilon over 1000"
+            f"{info.folder / 'scheduler' / 'scheduler_config.json'}: the model predicts {prediction!r} over {times} "
+            "times; what can be trained further is flow_prediction, v_prediction and epsilon over 1000"
         )
     if info.inpaints_only:
         raise UserError(f"{info.name} is no plain text-to-image model: its UNet takes more than latents (inpainting?)")
     side = size or min(info.size)
     # the autoencoder's factor times the UNet's, or the side of a transformer's patches
     levels = (
-        2 ** (len(info.unet["block_out_channels"]) - 1) if info.is_stable_diffusion else side_of_latents(info.configs)
+        2 ** (len(info.unet["block_out_channels"]) - 1) if "unet" in info.configs else side_of_latents(info.configs)
     )
     step = info.factor * int(levels)
     if side % step:

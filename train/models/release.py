@@ -82,7 +82,7 @@ def card(facts: Mapping[str, Any]) -> str:
         "- made with: " + ", ".join(f"{k} {v}" for k, v in facts["made_with"].items()),
     ]
     kind, size = facts.get("pipeline", "StableDiffusionPipeline"), facts["size"]
-    more = f", height={size}, width={size}" if kind == "ZImagePipeline" else ""  # which draws 1024 px else
+    more = f", height={size}, width={size}" if kind in ("ZImagePipeline", "FluxPipeline") else ""  # 1024 px else
     code = [
         "```python",
         f"from diffusers import {kind}",

@@ -21,7 +21,7 @@ from aesthetic.untrusted import error_line, read_json_file
 from curate.hub import no_progress_bars
 from train.devices import out_of_memory
 from train.models.autoencoder import new_autoencoder
-from train.models.base import Family
+from train.models.base import Family, padded_ids
 from train.models.info import ModelInfo, read_model_info
 from train.models.parts import load_part
 from train.models.presets import PRESETS, UnetPreset
@@ -40,18 +40,16 @@ class UnetFamily(Family):
 
     def tokenize(self, pipeline: Any, captions: Sequence[str]) -> list[Tensor]:
         """All of one length, padded and cut as the pipeline does."""
-        tokens: Tensor = pipeline.tokenizer(
-            list(captions), padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True,
-            return_tensors="pt",
-        ).input_ids  # fmt: skip
-        return list(tokens)
+        return list(padded_ids(pipeline.tokenizer, captions, pipeline.tokenizer.model_max_length))
 
     def encode_text(self, text_encoder: nn.Module, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(n, tokens, width)."""
         states: Tensor = text_encoder(tokens)[0]
         return states
 
-    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, lengths: Tensor, views: Tensor
+    ) -> Tensor:
         """In the scheduler's own units: what it is given is t."""
         said: Tensor = denoiser(x_t, t, text, return_dict=False)[0]
         return said

@@ -67,7 +67,9 @@ class ZImageFamily(Family):
         text.layers[-1].requires_grad_(False)
         text.norm.requires_grad_(False)
 
-    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, text: Tensor, lengths: Tensor, views: Tensor
+    ) -> Tensor:
         """Its answer, x0 - noise, negated."""
         captions = [states[:length] for states, length in zip(text, lengths.tolist(), strict=True)]
         said = denoiser(list(x_t.unsqueeze(2)), (TIMES - t) / TIMES, captions, return_dict=False)[0]
