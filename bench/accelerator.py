@@ -318,7 +318,7 @@ def train(preset: str, batch: int, *, compile: bool = False, shard: bool = False
     lengths = torch.tensor([len(row) for row in tokens])
     one = Batch(
         [str(i) for i in range(batch)], list(range(batch)), latents, True, pad_sequence(tokens, batch_first=True),
-        lengths, (0, 0),
+        lengths, torch.zeros(batch, 6, dtype=torch.int64), (0, 0),
     )  # fmt: skip
     task = Denoise(pipeline, text=preset != "sd15")
     more = {"shard": True} if shard else {}
