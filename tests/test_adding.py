@@ -200,6 +200,7 @@ def test_folders_are_known_by_where_their_images_lie(tmp_path: Path) -> None:
     assert listed.counts["added"] == 3 and not plan.read(3).local and plan.read(2).local
 
 
+@pytest.mark.long
 def test_lists_and_data_folders_on_an_object_store(
     s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +376,7 @@ def test_the_whole_list_goes_on_from_a_trial(tmp_path: Path) -> None:
         assert verdicts(data) == verdicts(whole) and len(verdicts(data)) == 18
 
 
+@pytest.mark.long
 def test_lists_that_are_added_against_their_union(tmp_path: Path) -> None:
     compare_with_union(tmp_path, 24, 6)
 

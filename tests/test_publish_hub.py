@@ -90,6 +90,7 @@ def test_to_the_hub_only_what_changed(data: Data, tmp_path: Path, hub: Hub) -> N
     assert (changed["images_gone"], changed["images_added"], changed["images_removed"]) == (1, 0, 1)
 
 
+@pytest.mark.long
 def test_many_files_in_many_commits(small: Data, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits are a hundredth of what they are, so that small files are past them."""
     monkeypatch.setattr(hub_place, "_SMALL", 3000)
