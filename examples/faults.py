@@ -1,6 +1,6 @@
 """The raw set of examples/ablation.py: real captioned images with faults planted at known rates.
 
-    python -m examples.faults FOLDER [--images 8000]
+    python -m examples.faults FOLDER [--images 7000]
 
 FOLDER/raw/    00000.jpg ..., metadata.csv: file_name, text, uid, origin, fault. No rule may read `fault`
       apart/   clean images that nothing in raw/ is near, to measure with; metadata.csv: file_name, text
@@ -286,7 +286,7 @@ def main() -> None:
     """Write the set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=8000)
+    parser.add_argument("--images", type=int, default=7000)
     parser.add_argument("--apart", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()

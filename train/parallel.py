@@ -75,6 +75,15 @@ class Alone:
         yield rank_and_size()[0] == 0
 
 
+def summed(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value's sum over all processes."""
+    both = torch.tensor(values, dtype=torch.float64, device=device)
+    with peers():
+        dist.all_reduce(both)
+    found: list[float] = both.tolist()
+    return found
+
+
 class Replicated(Alone):
     """DistributedDataParallel: the exchange begins while the rest of the backward pass is computed."""
 
@@ -106,11 +115,7 @@ class Replicated(Alone):
         return contextlib.nullcontext()
 
     def sum(self, *values: float) -> Sequence[float]:
-        both = torch.tensor(values, dtype=torch.float64, device=self._device)
-        with peers():
-            dist.all_reduce(both)
-        found: list[float] = both.tolist()
-        return found
+        return summed(values, self._device)
 
     def give_up(self) -> None:
         reducer: Any = self.module.reducer
@@ -163,11 +168,7 @@ class Sharded(Alone):
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
     def sum(self, *values: float) -> Sequence[float]:
-        both = torch.tensor(values, dtype=torch.float64, device=self._device)
-        with peers():
-            dist.all_reduce(both)
-        found: list[float] = both.tolist()
-        return found
+        return summed(values, self._device)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[bool]:
