@@ -34,13 +34,17 @@ def hex_to_bits(
     ones are 0, and must be compared with nothing.
     """
     digits, words = bits // 4, bits // 64
-    valid = np.fromiter((isinstance(h, str) and len(h) == digits for h in hashes), np.bool_, len(hashes))
+    if {*map(type, hashes)} <= {str} and {*map(len, hashes)} <= {digits}:  # type: ignore[arg-type]
+        valid, there = np.ones(len(hashes), np.bool_), hashes
+    else:
+        valid = np.fromiter((isinstance(h, str) and len(h) == digits for h in hashes), np.bool_, len(hashes))
+        there = [h for h, v in zip(hashes, valid, strict=True) if v]
     try:
-        data = bytes.fromhex("".join(h for h, v in zip(hashes, valid, strict=True) if v and h))
+        data = bytes.fromhex("".join(map(str, there)))
     except ValueError:
         data = b""
     if len(data) != digits // 2 * int(valid.sum()):  # some are no hex digits
-        valid &= np.fromiter((bool(h) and _is_hex(h) for h in hashes), np.bool_, len(hashes))
+        valid &= np.fromiter((isinstance(h, str) and _is_hex(h) for h in hashes), np.bool_, len(hashes))
         data = bytes.fromhex("".join(h for h, v in zip(hashes, valid, strict=True) if v and h))
     found = np.zeros((len(hashes), words), np.uint64)
     found[valid] = np.frombuffer(data, ">u8").reshape(-1, words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -57,6 +58,19 @@ def curated(folder: Path) -> list[dict[str, Any]]:
             if row.place:
                 assert row.place.read() == JPEG
     return rows
+
+
+def test_a_fingerprint_is_of_names_captions_and_files_as_json_has_them(tmp_path: Path) -> None:
+    names = ["plain", 'with "quotes"', "ütf 日本", "back\\slash"]
+    texts = ["a cat", 'a "cat"\tand a dog', "eine Gartentür \u2028 🚪", None]
+    for name, text in zip(names, texts, strict=True):
+        write(tmp_path / "given" / f"{name}.jpg", JPEG)
+        if text:
+            (tmp_path / "given" / f"{name}.txt").write_text(text)
+    samples = open_folder(tmp_path / "given")
+    whole = [[[s.key, s.caption] for s in samples], samples.file_sizes(), samples._manifest()]
+    assert [s.caption for s in samples].count(None) == 1
+    assert samples.fingerprint == hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
 
 def captions(folder: Path) -> list[str | None]:

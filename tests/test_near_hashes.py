@@ -89,6 +89,9 @@ def test_hex_digits_and_what_is_absent() -> None:
     assert [int(v) for v in values[there]] == [0xF0F0F0F0F0F0F0F0, 0x0F1E0F1E0F1E0F1E, 0x1FFFFFFF]
     assert not values[~there].any()
     assert hex_to_bits([])[0].shape == (0,)
+    for others in ([], [None], [7], [["f0"]], ["zz" * 8]):  # what else a JSON file may have there
+        values, there = hex_to_bits(["f0" * 8, *others])
+        assert there.tolist() == [True, *(False for _ in others)] and int(values[0]) == 0xF0F0F0F0F0F0F0F0
 
     long = "0123456789abcdef" * 3 + "f" * 16
     values, there = hex_to_bits([long, None, "0" * 64, long[:-1]], 256)

@@ -25,7 +25,7 @@ from curate.sources.packed import PackedShards
 from curate.sources.tars import Tars
 from tests.small_data import make_data
 from tests.small_train import make_images
-from train.data import ImageDataset, Stream, crop_resize, open_samples, ordered_batches, sampling_weights
+from train.data import ImageDataset, Stream, buckets_of, crop_resize, open_samples, ordered_batches, sampling_weights
 from train.split import scan_images, split
 
 
@@ -198,6 +198,17 @@ def test_images_of_several_shapes_go_into_buckets(tmp_path: Path) -> None:
     for batch in itertools.islice(stream.batches(), len(stream.epoch_order(0))):
         assert batch.images.shape[0] == 4  # one shape, or stacking had failed
     assert {int(n) for n in stream.epoch_order(0).ravel()} == set(range(60))
+
+
+def test_each_shape_is_the_nearest_by_the_logarithm_of_its_ratio() -> None:
+    rng = np.random.default_rng(0)
+    ratios = np.exp(rng.uniform(-1.5, 1.5, 3000)) * rng.choice([1, 1, 1, 0.9], 3000)
+    for least in (1, 100, 400, 2000):
+        shapes, chosen = buckets_of(ratios, 256, 8, least)
+        far = np.abs(np.log(ratios)[:, None] - np.log([h / w for h, w in shapes]))
+        assert (far[np.arange(3000), chosen] == far.min(1)).all()
+        counts = np.bincount(chosen)
+        assert len(counts) == len(shapes) and (counts.min() >= least or len(shapes) == 1)
 
 
 def test_no_near_duplicate_of_what_is_held_out_is_trained_on(tmp_path: Path) -> None:

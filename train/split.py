@@ -7,8 +7,7 @@ packed; others are decoded once, before the first step. Memory: some 60 bytes an
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from curate.images.decode import decode
 from curate.images.process import perceptual_hash
 from curate.ledger.schema import RowError
 from curate.sources.dataset import MapDataset
+from curate.store.files import quoted
 
 Ints = npt.NDArray[np.int64]
 
@@ -48,7 +48,7 @@ def scan_images(samples: MapDataset, tell: Callable[[int], None] = lambda count:
     start, unknown = 0, list[int]()
     for names, sha256, phash in samples.columns("key", "sha256", "phash"):
         keys.append(pa.array([str(name) for name in names], pa.large_string()))
-        files.append(hex_to_bits(sha256, 256)[0][:, 0])
+        files.append(hex_to_bits(sha256, 256)[0][:, 0].copy())  # without the other words
         found, known = hex_to_bits(phash, least=0)
         looks.append(found)
         unknown += (start + np.flatnonzero(~known if samples.decoded else np.ones(len(found), bool))).tolist()
@@ -94,21 +94,25 @@ def split(
     room = min(most, int(share * len(indices)))
     if not room:
         return indices, indices[:0]
-    keys = known.keys.take(pa.array(indices)) if len(indices) < len(samples) else known.keys
-    pairs = near_copies(known.sha256[indices], known.phash[indices])
+    keys, sha256, phash = known.keys, known.sha256, known.phash
+    if len(indices) < len(samples):
+        keys, sha256, phash = keys.take(pa.array(indices)), sha256[indices], phash[indices]
+    pairs = near_copies(sha256, phash)
     if not samples.decoded:  # keys of packed samples differ
         codes = keys.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.uint64)
         pairs = np.concatenate([pairs, near_copies(codes + np.uint64(1), np.zeros(len(codes), np.uint64))])
     group, order = groups_by_name(keys, pairs)
     sizes = np.bincount(group, minlength=len(group))
     held_out = []
-    for row in map(int, np.argsort(order, kind="stable")):
+    for row in _smallest_first(order):
         if 0 < sizes[row] <= room:  # a row that no group is called by has none
             held_out.append(row)
             room -= int(sizes[row])
         if not room:
             break
-    apart = np.isin(group, held_out)
+    names_one = np.zeros(len(group), bool)
+    names_one[held_out] = True
+    apart = names_one[group]
     return indices[~apart], indices[apart]
 
 
@@ -126,7 +130,16 @@ def groups_by_name(keys: pa.ChunkedArray, pairs: Ints) -> tuple[Ints, Hashes]:
     group = np.arange(len(keys))
     group[linked] = [smallest[labels[row]][1] for row in linked.tolist()]
     hashes = [np.fromiter(map(_in_order, chunk.to_pylist()), "S8", len(chunk)) for chunk in keys.chunks]
-    return group, np.concatenate([h.view(">u8") for h in hashes]).astype(np.uint64)
+    return group, np.concatenate([h.view(">u8").astype(np.uint64) for h in hashes])
+
+
+def _smallest_first(order: Hashes) -> Iterator[int]:
+    """Rows by their hashes, some thousands to begin with: no one asks for many, and sorting all takes their memory."""
+    low, width = 0, 2**64 // (1 + len(order) // 5000)
+    while low < 2**64:
+        rows = np.flatnonzero((order >= low) & (order <= min(low + width, 2**64) - 1))
+        yield from rows[np.argsort(order[rows], kind="stable")].tolist()
+        low, width = low + width, 2 * width
 
 
 def connected(count: int, pairs: Ints) -> npt.NDArray[np.int32]:
@@ -138,12 +151,9 @@ def connected(count: int, pairs: Ints) -> npt.NDArray[np.int32]:
     return connected_components(graph, directed=False)[1]  # type: ignore[no-any-return]
 
 
-_quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii  # type: ignore[attr-defined]
-
-
 def _in_order(key: str) -> bytes:
     """The first 8 bytes of the digest (curate.store.files) of ["held out", key], which takes six times as long."""
-    return hashlib.sha256(f'["held out", {_quoted(key)}]'.encode()).digest()[:8]
+    return hashlib.sha256(f'["held out", {quoted(key)}]'.encode()).digest()[:8]
 
 
 def without(count: int, *left_out: Iterable[int]) -> Ints:

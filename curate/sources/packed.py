@@ -7,7 +7,7 @@ lie on an object store: tars that are not here are read in ranges, or fetched wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
@@ -123,12 +123,12 @@ class PackedShards(Tars):
                     found.append(values)
                 yield tuple(found)
 
-    def _tables(self, tar: Path, names: Iterable[str]) -> Iterator[pa.Table]:
-        """The parquet beside a tar, a row group at a time: what it has of these columns, and the key."""
+    def _tables(self, tar: Path, names: Sequence[str]) -> Iterator[pa.Table]:
+        """The parquet beside a tar, a row group at a time: what it has of these columns, or else the key."""
         path = tar.with_suffix(".parquet")
         try:
             with pq.ParquetFile(path) as file:
-                wanted, rows = [n for n in file.schema_arrow.names if n in {*names, "key"}], file.metadata.num_rows
+                wanted, rows = [n for n in file.schema_arrow.names if n in names] or ["key"], file.metadata.num_rows
                 if rows != self._count(tar):
                     raise UserError(f"{path}: has {rows:,} rows, and {tar.name} {self._count(tar):,} samples")
                 for group in range(file.num_row_groups):

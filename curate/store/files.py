@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -72,6 +72,10 @@ def _sha256_once(path: Path, size: int, mtime_ns: int) -> str:
 def digest(value: Any) -> str:
     """A short name for a JSON value: the first 16 hex digits of the sha256 of its canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii  # type: ignore[attr-defined]
+"""A string as `json.dumps` writes it, at a fifth of the time: for digests of millions."""
 
 
 def local_path(text: str) -> Path:
