@@ -18,9 +18,9 @@ from aesthetic.files import write_atomic
 from curate.store.files import read_json, sha256_file, sweep, write_json
 from curate.store.mirror import store_at
 from curate.store.objects import is_url
-from pipelines.commands.train import check_data
 from pipelines.options import Options, Result, argument, command, input_file, option, positive_int, read_prompts
 from pipelines.runtime.progress import ProgressBar, format_duration, redirect_output
+from pipelines.training import check_data
 from train.places import bring, bring_images, local_folder, push, shown
 
 if TYPE_CHECKING:

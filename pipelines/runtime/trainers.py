@@ -38,8 +38,8 @@ from train.places import bring, bring_images, push
 from train.run import Record, ShouldStop, TrainRun
 
 if TYPE_CHECKING:
-    from pipelines.commands.train import TrainOptions
     from pipelines.runtime.torchrun import TorchrunTrainer
+    from pipelines.training import TrainOptions
 
 RESTARTS = 8
 """Times that Ray starts all workers again after it lost one; then the driver ends, and the same command goes on."""
