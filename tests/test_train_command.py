@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -323,7 +324,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on_from_it(
 
 @pytest.mark.long
 def test_two_workers_make_the_model_that_one_makes(images: Path, tmp_path: Path) -> None:
-    words = [*DEBUG, "--steps", "6"]
+    words = [*DEBUG, "--steps", "6", "--record-loss"]
     alone = train(images, "--out", tmp_path / "one", *words)
     assert alone.wait() == 0, alone.communicate()
     together = train(images, "--out", tmp_path / "two", *words, "--workers", 2)
@@ -423,7 +424,7 @@ def processes_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def test_torchrun_makes_the_model_that_one_process_makes_and_one_voice_is_heard(
     images: Path, tmp_path: Path, how: list[str]
 ) -> None:
-    words = [*DEBUG, "--steps", "6"]
+    words = [*DEBUG, "--steps", "6", "--record-loss"]
     alone = train(images, "--out", tmp_path / "one", *words)
     assert alone.wait() == 0, alone.communicate()
     together = torchrun(images, "--out", tmp_path / "two", *words, *how)
@@ -431,6 +432,8 @@ def test_torchrun_makes_the_model_that_one_process_makes_and_one_voice_is_heard(
     assert together.returncode == 0, said
     assert out.count("trained 6 steps") == 1 and said.count("step 6/6") == 1 and "2 processes with the CPU each" in said
     assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=1e-5)
+    tables = [pd.read_parquet(tmp_path / name / "losses.parquet").set_index("key") for name in ("one", "two")]
+    assert tables[0].index.equals(tables[1].index) and np.allclose(tables[0].loss, tables[1].loss, atol=1e-4)
     apart = torch.cat([(a - b).flatten() for a, b in zip(*map(weights, (tmp_path / "one", tmp_path / "two")))])  # noqa: B905
     assert float(apart.square().mean().sqrt()) < 1e-6 and float(apart.abs().max()) < 1e-4
     assert load_model(tmp_path / "two").unet.config.sample_size == 16

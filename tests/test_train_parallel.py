@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from aesthetic.errors import UserError
+from tests.small_pipelines import save_pipeline
 from tests.small_train import clean_processes, make_images, saved_state, small_run
 from train import checkpoint
 from train.models.unet import load_model
@@ -224,6 +225,21 @@ def test_a_lora_is_trained_by_two_workers(images: Path, one: Path, tmp_path: Pat
         dressed.load_lora_weights(checkpoint.checkpoints(tmp_path / name)[6] / "lora")
         drawn = [np.array(generate_images(p, ["a red disc"], [0], steps=4)[0]) for p in (plain, dressed)]
         assert not np.array_equal(*drawn)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux", "z-image"])
+def test_loras_of_larger_families_are_trained_by_two_workers(
+    images: Path, tmp_path: Path, ranks: Any, kind: str
+) -> None:
+    base = save_pipeline(kind, tmp_path / "base")
+    list(small_run(images, tmp_path / "one", start=base, **STEPS))
+    for name, how in {"whole": {}, "shared": {"shard": True}}.items():
+        finish(ranks(2, run, images, tmp_path / name, {**STEPS, "start": base, **how}))
+        rms, largest = apart(tmp_path / "one", tmp_path / name)
+        assert rms < 1e-6 and largest < 1e-4
+    whole, shared = (checkpoint.checkpoints(tmp_path / name)[6] / "lora" for name in ("whole", "shared"))
+    assert [p.name for p in whole.iterdir()] == [p.name for p in shared.iterdir()]
 
 
 # ---------------------------------------------------------------------------------------------------------- troubles
