@@ -321,15 +321,14 @@ def train(preset: str, batch: int, *, compile: bool = False, shard: bool = False
         lengths, torch.zeros(batch, 6, dtype=torch.int64), (0, 0),
     )  # fmt: skip
     task = Denoise(pipeline, text=preset != "sd15")
-    more = {"shard": True} if shard else {}
     config = LoopConfig(
         steps=10**6, batch=batch, lr=p.lr, muon=getattr(p, "muon", 0.0), log_every=2 if SECONDS < 1 else 5, keep=0,
-        compile=compile, **more,
+        compile=compile, shard=shard,
     )  # fmt: skip
-    records = []
+    records = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder, one_rank(folder, shard):
         began = time.perf_counter()
-        running = loop(task, _Again(one), config, Path(folder) / "model")  # type: ignore[arg-type]
+        running: Any = loop(task, _Again(one), config, Path(folder) / "model")  # type: ignore[arg-type]
         while len(records) < 2 or sum(batch * config.log_every / r["img_s"] for r in records[1:]) < 2 * SECONDS:
             records.append(next(running))
             if len(records) == 1:
@@ -453,4 +452,4 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

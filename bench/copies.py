@@ -130,7 +130,7 @@ def peers(folder: Path, data: Data, rows: pd.DataFrame, asked: argparse.Namespac
     index.add(vectors)
     limits, _, near = index.range_search(vectors, 0.95)
     names = rows["url"].tolist()
-    of = np.repeat(np.arange(len(vectors)), np.diff(limits.astype(np.int64)))
+    of = np.repeat(np.arange(len(vectors)), limits[1:].astype(np.int64) - limits[:-1].astype(np.int64))
     found = {"faiss IndexFlatIP, 0.95": [{names[a], names[b]} for a, b in zip(of, near, strict=True) if a < b]}
     for tool in ("imagededup", "fastdup"):
         python, out = getattr(asked, tool), folder / f"{tool}.json"
@@ -173,7 +173,7 @@ def compared(found: Found, names: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 def kept_apart(found: Found, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Of each class of look-alikes, how many images lie in a group, of all."""
-    grouped, counts = set[str]().union(*found), defaultdict(lambda: [0, 0])
+    grouped, counts = set[str]().union(*found), defaultdict[str, list[int]](lambda: [0, 0])
     for name in names:
         counts[photograph(name)][0] += name in grouped
         counts[photograph(name)][1] += 1
@@ -243,7 +243,8 @@ def _share(hits: int, n: int) -> str:
     if n == 0:
         return "-"
     found = share(np.repeat([1, 0], [hits, n - hits]))
-    return f"{100 * found['value']:.0f} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
+    value, low, high = (100 * (found[k] or 0.0) for k in ("value", "low", "high"))
+    return f"{value:.0f} [{low:.0f}, {high:.0f}]"
 
 
 if __name__ == "__main__":

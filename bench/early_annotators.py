@@ -61,7 +61,7 @@ def make_data(root: Path, count: int) -> Data:
     dice, folder = np.random.default_rng(0), root / "images"
     folder.mkdir()
     for i in range(count):
-        left, top = dice.integers(0, 200), dice.integers(0, 80)
+        left, top = int(dice.integers(0, 200)), int(dice.integers(0, 80))
         part = photos[i % 2].crop((left, top, left + 440, top + 330)).resize((683, 512), Image.Resampling.LANCZOS)
         part = part.filter(ImageFilter.GaussianBlur(4)) if dice.random() < 0.5 else part
         part.save(folder / f"{i:05d}.jpg", quality=95)
@@ -96,7 +96,7 @@ def run(data: Data, names: list[str], text: bool) -> tuple[set[str], int, int, f
         counts["decoded"] += 1
         return decode(image)
 
-    stage.decode = counted
+    stage.decode = counted  # type: ignore[assignment]
     began = time.process_time()
     try:
         for shard in data.plan.shards:

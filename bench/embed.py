@@ -64,7 +64,7 @@ def make_shard(root: Path, count: int) -> Data:
     dice = np.random.default_rng(0)
     (root / "pictures").mkdir()
     for i in range(count):
-        left, top = dice.integers(0, 200), dice.integers(0, 80)
+        left, top = int(dice.integers(0, 200)), int(dice.integers(0, 80))
         part = photos[i % 2].crop((left, top, left + 440, top + 330)).resize((683, 512), Image.Resampling.LANCZOS)
         part.save(root / "pictures" / f"{i:05d}.jpg", quality=95)
         (root / "pictures" / f"{i:05d}.txt").write_text(f"part {i} of a photograph")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 import warnings
@@ -24,10 +23,11 @@ import torch
 from bench.train import BATCH, IMAGES, MODEL, STEPS, _Again, batch_of, caption, in_turn, ours, times_as_fast
 from train.models.base import count_parameters
 from train.models.family import family_of, new_model
-from train.models.presets import PRESETS, Preset
+from train.models.presets import PRESETS, Preset, TransformerPreset
 
-TRANSFORMER = replace(
-    PRESETS["dit-256"], size=MODEL.size, latents=MODEL.latents, factor=MODEL.factor, vae=MODEL.vae, shift=1.0,
+_LARGE: Any = PRESETS["dit-256"]
+TRANSFORMER: TransformerPreset = replace(
+    _LARGE, size=MODEL.size, latents=MODEL.latents, factor=MODEL.factor, vae=MODEL.vae, shift=1.0,
     width=256, layers=6, refiners=2, heads=4, text=MODEL.text, text_layers=MODEL.text_layers,
     vocabulary=MODEL.vocabulary,
 )  # fmt: skip
@@ -88,4 +88,4 @@ def measure(models: dict[str, Preset], folder: Path, rounds: int) -> dict[str, d
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

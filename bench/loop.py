@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -115,7 +116,7 @@ def _write_fetched(data: Data, shard: int, count: int, files: list[bytes]) -> li
         out = TarWriter(f)
         for row in range(count):
             file = files[(row + 137 * shard) % len(files)]  # no rated image is a copy of another
-            facts = {
+            facts: dict[str, Any] = {
                 "url": f"http://example.com/{shard * SHARD + row}.jpg",
                 "caption": f"picture {shard * SHARD + row}",
                 "key": make_key(shard, row, SHARD),

@@ -114,7 +114,7 @@ def make_data(root: Path, rows: int, dims: int) -> None:
     make_plan(str(listed), data, SourceConfig(shard_size=SHARD), None)
     store_recipe(data, load_recipe("bundled", ["columns={}", "select.rules={}", f"source.shard_size={SHARD}"]))
     claim_space(data, Space(encoder="bundled", dim=dims))
-    originals, copies = Originals(rows, dims), []
+    originals, copies = Originals(rows, dims), list[npt.NDArray[np.int64]]()
     for s in data.plan.shards:
         vectors, phash, pdq, found = originals.shard(np.random.default_rng([2, s.shard]), s.shard * SHARD, s.rows)
         write_shard(data, s.shard, vectors, phash, pdq)

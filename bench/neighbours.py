@@ -118,7 +118,7 @@ def measure_vectors(folder: Path, n: int, dims: int, cosine: float, cells: int, 
     with step(f"{nearest} nearest of {len(centroids):,} cells"):
         near = nearest_cells(vectors, centroids, nearest)
     with step("sorted by cell, on disk"):
-        order = np.argsort(near[:, 0], kind="stable").astype(np.int32)
+        order = np.argsort(near[:, 0], kind="stable")
         moved = np.memmap(folder / "sorted", np.float16, "w+", shape=(n, dims))
         for start in range(0, n, BLOCK):
             moved[start : start + BLOCK] = vectors[order[start : start + BLOCK]]

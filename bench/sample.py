@@ -29,10 +29,11 @@ from PIL import Image
 from pipelines.commands.sample import quiet_libraries
 from train.generate.files import png, save_numbered
 from train.generate.sampler import GenerationRequest, Sampler
-from train.models.presets import PRESETS
+from train.models.presets import PRESETS, UnetPreset
 from train.models.unet import new_model
 
-MODEL = replace(PRESETS["sd15"], unet=(96, 192, 384, 384), text=256, text_layers=4, size=256, vae=(32, 64, 128, 128))
+_WHOLE: Any = PRESETS["sd15"]
+MODEL: UnetPreset = replace(_WHOLE, unet=(96, 192, 384, 384), text=256, text_layers=4, size=256, vae=(32, 64, 128, 128))
 PROMPT = "a photograph of a temple by a lake"
 KINDS = {"text": "", "image": "Img2Img", "mask": "Inpaint"}
 
@@ -66,8 +67,8 @@ def main() -> None:
                 images[name] = ours(sampler, now, Path(scratch)) if name == "ours" else drawn(theirs, now, scratch)
                 if number:  # the first warms up
                     taken[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
-            equal = np.array_equal(*(np.asarray(Image.open(p)) for p in images.values()))
-            assert equal, f"round {number}: the images differ"
+            one, other = (np.asarray(Image.open(p)) for p in images.values())
+            assert np.array_equal(one, other), f"round {number}: the images differ"
         size = f"{request.width} x {request.height}"
         print(f"{asked.kind}, {size}, {asked.steps} steps, {sampler}, {asked.threads} threads")
         for name, rounds in taken.items():

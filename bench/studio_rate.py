@@ -15,6 +15,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def _measure(folder: StudioData, client: httpx.Client) -> None:
         while rated < step:
             keys = [i["key"] for i in following(count=200) if i["key"] in taste][: step - rated]
             rated += len(keys)
-            _timed(f"a rating, of {len(keys)}", lambda keys=keys: rate(keys), len(keys))
+            _timed(f"a rating, of {len(keys)}", partial(rate, keys), len(keys))
         _timed(f"a new head of {rated} ratings, names and vectors not read before", lambda: _learn(service, log))
         found = _timed(f"a new head of {rated} ratings", lambda: _learn(service, log))
         print(f"    Spearman {found.metric['value']:.3f}; best and worst of {found.of:,} images")

@@ -18,7 +18,6 @@ import io
 import itertools
 import json
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -42,10 +41,11 @@ from train.latents import precompute_latents
 from train.loop import LoopConfig, train
 from train.models.base import count_parameters
 from train.models.family import new_model, tokenize
-from train.models.presets import PRESETS
+from train.models.presets import PRESETS, UnetPreset
 from train.tasks import Denoise
 
-MODEL = replace(PRESETS["small-64"], unet=(64, 128, 128), heads=2, text=128, text_layers=2, vocabulary=1000)
+_SMALL: Any = PRESETS["small-64"]
+MODEL: UnetPreset = replace(_SMALL, unet=(64, 128, 128), heads=2, text=128, text_layers=2, vocabulary=1000)
 """small-64 at a third of its width, with its autoencoder as it is: to encode an image costs 1.27 forward passes of the
 UNet, for Stable Diffusion 1.39 (1.117 and 0.803 TFLOP at 512 px)."""
 
@@ -229,7 +229,7 @@ def turn_of(loop: Iterator[Any], unmeasured: int = 0, records: list[Any] | None 
 
 def step(folder: Path, files: Sequence[bytes], threads: int, rounds: int) -> dict[str, Any]:
     """The step alone, from pixels (both run the autoencoder) and from latents (neither does)."""
-    contenders, loops = {}, []
+    contenders, loops = dict[str, Callable[[], float]](), list[Any]()
     for kind in ("pixels", "latents"):
         pipelines = model(), model()
         shape = (3, MODEL.size) if kind == "pixels" else (MODEL.latents, MODEL.size // MODEL.factor)
@@ -370,7 +370,7 @@ def loader(folder: Path, files: Sequence[bytes], threads: int, rounds: int) -> d
         images = ImageDataset(samples, lambda c: tokenize(pipeline, c), size)
         stream = Stream(images, np.arange(len(samples)), batch=BATCH, workers=threads)
         peer = _webdataset(folder, pipeline.tokenizer, size, threads)
-        batches = {"ours": stream.batches(), "webdataset": peer}
+        batches: dict[str, Any] = {"ours": stream.batches(), "webdataset": peer}
         contenders = {name: _drawn(source, threads) for name, source in batches.items()}
         contenders |= {
             "decoding alone, scaled in the decoder": _over(files, partial(decode, min_side=size), threads),
@@ -379,8 +379,7 @@ def loader(folder: Path, files: Sequence[bytes], threads: int, rounds: int) -> d
         }
         print(f"\nThe loader at {size} px, {threads} workers, images a second")
         taken = in_turn(contenders, rounds)
-        stream_of_ours, _ = batches.values()
-        stream_of_ours.close()
+        batches["ours"].close()
         rows = {}
         for name, seconds in taken.items():
             rows[name] = {"img_s": _LOADED / median(seconds), "ratio": times_as_fast(taken, name, "webdataset")}
@@ -450,4 +449,4 @@ def _pillow(data: bytes) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -176,7 +176,7 @@ def tiny(pixels: Pixels, rng: np.random.Generator) -> bytes:
     return jpeg(cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA))
 
 
-def jpeg(pixels: Pixels, quality: int = 92) -> bytes:
+def jpeg(pixels: npt.NDArray[Any], quality: int = 92) -> bytes:
     """As a JPEG file."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "JPEG", quality=quality)

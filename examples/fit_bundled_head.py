@@ -107,8 +107,8 @@ def _compare(examples: Examples, held_out: np.ndarray, ratings: pd.DataFrame) ->
     for seed in range(SHUFFLES):
         order = np.random.default_rng(seed).permutation(len(ratings))
         mixed = replace(examples, scores=rated[order], votes=None, sd=None)
-        found = fit_head(mixed, Space(encoder="bundled", dim=examples.vectors.shape[1]), name="shuffled", scale=SCALE)
-        chance.append(found.report["metrics"]["spearman"]["value"])
+        dealt = fit_head(mixed, Space(encoder="bundled", dim=examples.vectors.shape[1]), name="shuffled", scale=SCALE)
+        chance.append(dealt.report["metrics"]["spearman"]["value"])
 
     predictors = {"head": held_out, "features only": again.held_out, "category mean": mean}
     print("| | n | " + " | ".join(predictors) + " | head - features | head - category mean |")

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -103,11 +104,12 @@ def make(folder: Path, count: int = 512, seed: int = 0, shuffle: bool = False) -
     rows = []
     with open(folder / "00000.tar", "wb") as f:
         tar = TarWriter(f)
-        for i, (kind, text) in enumerate(zip(chosen, words, strict=True)):
-            data = cv2.imencode(".png", image(*kind, rng)[:, :, ::-1])[1].tobytes()
-            row = {"key": f"{i:09d}", "caption": text, "url": f"shape:{'/'.join(kind)}", "status": "success"}
-            rows.append({**row, "width": SIZE, "height": SIZE})
-            tar.add_sample(rows[-1]["key"], data, "png", text, rows[-1])
+        for i, ((colour, shape, ground), text) in enumerate(zip(chosen, words, strict=True)):
+            data = cv2.imencode(".png", image(colour, shape, ground, rng)[:, :, ::-1])[1].tobytes()
+            url = f"shape:{colour}/{shape}/{ground}"
+            row: dict[str, Any] = {"key": f"{i:09d}", "caption": text, "url": url, "status": "success"}
+            rows.append(row | {"width": SIZE, "height": SIZE})
+            tar.add_sample(row["key"], data, "png", text, rows[-1])
         tar.close()
     pq.write_table(pa.Table.from_pylist(rows), folder / "00000.parquet")
     (folder / "00000_stats.json").write_text(json.dumps({"count": count, "successes": count}))
