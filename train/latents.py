@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
@@ -36,7 +37,7 @@ from train.captions import Choose, first_caption
 from train.data import ImageDataset, Ints
 from train.models.family import family_of
 
-_FORMAT = 5
+_FORMAT = 6
 
 Tell = Callable[[int], None]
 """Hears how many more images are done."""
@@ -61,9 +62,13 @@ def made_from(pipeline: Any, dataset: ImageDataset, indices: Ints, text: bool = 
         "tokenizer": digest([[t.get_vocab(), t.model_max_length] for t in tokenizers]),
         "text_encoder": weights_digest(family.text_encoder(pipeline)) if text else None,
         "pictures": dataset.samples.fingerprint,
-        "shapes": digest([dataset.shapes, dataset.bucket[indices].tolist()]),
-        "numbers": digest(indices.tolist()),
+        "shapes": digest([dataset.shapes, _array_digest(dataset.bucket[indices])]),
+        "numbers": _array_digest(indices),
     }
+
+
+def _array_digest(numbers: Ints) -> str:
+    return hashlib.sha256(np.ascontiguousarray(numbers, np.int64).tobytes()).hexdigest()[:16]
 
 
 def shards_of(dataset: ImageDataset, indices: Ints, shard_size: int = 1024) -> list[Ints]:
@@ -228,9 +233,12 @@ class LatentDataset:
         self._words = "text" if made["text_encoder"] else "tokens"
 
         names = sorted(made["shards"])
-        counts = [made["shards"][name][0] for name in names]
-        records = [read_json((self.folder / name).with_suffix(".json")) for name in names]
-        self._keys = [record["keys"] for record in records]
+        self._keys: list[pa.Array] = []  # not lists of str, of which ten millions would be most of the memory
+        numbers: list[Ints] = []
+        for name in names:
+            record = read_json((self.folder / name).with_suffix(".json"))
+            self._keys.append(pa.array(record["keys"], pa.string()))
+            numbers.append(np.array(record["numbers"], np.int64))
         # mapped memory, whose rows are read when they are touched: four times as fast as a slice of the file for each
         # row, and a GPU takes 10,000 small latents a second
         self._views: list[Tensor] = []
@@ -246,12 +254,13 @@ class LatentDataset:
 
         shapes = [tuple(latents.shape[1:]) for latents, _, _ in self._mapped]
         kinds = sorted(set(shapes))
-        indices = np.concatenate([np.array(record["numbers"], np.int64) for record in records])
-        self._count = len(indices)
-        self._place = np.full((indices.max() + 1, 2), -1, np.int64)  # (shard, row)
-        self._place[indices] = [(i, row) for i, count in enumerate(counts) for row in range(count)]
-        self.bucket = np.full(indices.max() + 1, -1, np.int64)
-        self.bucket[indices] = np.repeat([kinds.index(shape) for shape in shapes], counts)
+        self._count = sum(map(len, numbers))
+        end = 1 + max(int(part.max()) for part in numbers)
+        self._place = np.full((end, 2), -1, np.int32)  # (shard, row)
+        self.bucket = np.full(end, -1, np.int64)
+        for shard, (part, shape) in enumerate(zip(numbers, shapes, strict=True)):
+            self._place[part] = np.stack([np.full(len(part), shard), np.arange(len(part))], 1)
+            self.bucket[part] = kinds.index(shape)
 
     def __len__(self) -> int:
         return self._count
@@ -268,7 +277,7 @@ class LatentDataset:
         captions = spans[row].tolist()
         chosen = choose([start < end for start, end in captions])
         text = self._empty if chosen is None else self._typed(words[slice(*captions[chosen])])
-        return self._keys[shard][row], latents[row].float(), text
+        return self._keys[shard][row].as_py(), latents[row].float(), text
 
     def view(self, index: int) -> list[int]:
         """What of the image is shown (`data.view_of`)."""
