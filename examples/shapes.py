@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=650)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, help="default: the preset's")
     parser.add_argument("--preset", choices=("tiny", "dit-tiny"), default="tiny")
     parser.add_argument("--lr", type=float, help="AdamW's (default: the preset's)")
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -183,7 +183,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     preset = PRESETS[asked.preset]
-    lr = asked.lr or preset.lr
+    lr, size = asked.lr or preset.lr, asked.batch or preset.batch
     muon = preset.muon * lr / preset.lr if isinstance(preset, TransformerPreset) else 0.0
     began, used = time.perf_counter(), time.process_time()
     samples = open_samples(make(asked.folder / "shapes", shuffle=asked.shuffle))
@@ -191,10 +191,10 @@ def main() -> None:
     pipeline = new_model(preset, captions)
     examples = ImageDataset(samples, lambda words: tokenize(pipeline, words), SIZE)
     everything = np.arange(len(samples))
-    stream = Stream(examples, everything, batch=asked.batch)
+    stream = Stream(examples, everything, batch=size)
 
     prompts = [caption("red", "circle", "white"), caption("blue", "ring", "black"), caption("red", "star", "teal")]
-    config = LoopConfig(steps=asked.steps, batch=asked.batch, lr=lr, muon=muon, ema=0.995, log_every=50)
+    config = LoopConfig(steps=asked.steps, batch=size, lr=lr, muon=muon, ema=0.995, log_every=50)
     for record in train(Denoise(pipeline), stream, config, asked.folder / "model", prompts=prompts):
         print(format_record(record), flush=True)
     print(

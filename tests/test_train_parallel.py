@@ -130,6 +130,15 @@ def test_gradients_of_two_processes_are_those_of_one_and_what_is_sharded_is_save
         join(line(), shard=True)
 
 
+def test_weights_that_lie_channels_last_are_saved_and_read_back(tmp_path: Path) -> None:
+    """As convolutions on GPUs like them; safetensors takes them in their usual order alone."""
+    weight = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    path = checkpoint.save(tmp_path, 1, lambda folder: None, {"weight": weight}, {})
+    read = torch.zeros_like(weight)
+    checkpoint.load_tensors(path, {"weight": read})
+    assert torch.equal(read, weight) and read.stride() == weight.stride()
+
+
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 

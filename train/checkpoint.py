@@ -94,9 +94,10 @@ def _agreed(path: Path) -> Path:
 def _save_tensors(folder: Path, tensors: Mapping[str, Tensor], together: bool) -> None:
     """Into safetensors, one file a process: what torch writes otherwise is read by pickle, which can run programs."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    tensors = {k: t if t.is_contiguous() else t.contiguous() for k, t in tensors.items()}  # channels last are refused
     try:
         with warnings.catch_warnings(action="ignore"):  # where this process alone writes, that it does
-            distributed.save(dict(tensors), storage_writer=writer, no_dist=not together)
+            distributed.save(tensors, storage_writer=writer, no_dist=not together)
     except CheckpointException as e:  # no Exception, in torch
         raise next(iter(e.failures.values()))[0] from e
 

@@ -96,8 +96,8 @@ PRESETS: dict[str, Preset] = {
         text=32, text_layers=1, vocabulary=1000, lr=2e-3, muon=0.02, batch=16, steps=200,
     ),
     "dit-tiny": TransformerPreset(
-        size=32, latents=3, factor=1, width=64, layers=4, refiners=1, heads=4,
-        text=64, text_layers=2, vocabulary=2000, shift=3.0, lr=1e-3, muon=0.02, batch=32, steps=1000,
+        size=32, latents=3, factor=1, width=64, layers=4, refiners=0, heads=2,
+        text=64, text_layers=2, vocabulary=2000, shift=6.0, lr=4e-4, muon=0.08, batch=16, steps=2000,
     ),
     # a GPU, hours: 58.6 M parameters
     "dit-256": TransformerPreset(
