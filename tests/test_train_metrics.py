@@ -34,7 +34,7 @@ def test_tensorboard_shows_scalars_and_images_and_a_step_done_again_once(tmp_pat
     killed = [record(tmp_path, s, held_out={"raw": 0.5, "ema": 0.25}, loss=9.0) for s in (1, 2, 3)]
     again = [record(tmp_path, s, loss=7.0) for s in (2, 3, 4)]
     assert list(log_to_tensorboard(killed, tmp_path)) == killed
-    checkpoint.save(tmp_path, 1, lambda path: None, {"step": 1}, {"config": {}})
+    checkpoint.save(tmp_path, 1, lambda path: None, {"step": torch.ones(1)}, {"config": {}})
     assert list(log_to_tensorboard(again, tmp_path)) == again
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
     board.Reload()
