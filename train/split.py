@@ -110,9 +110,9 @@ def split(
             room -= int(sizes[row])
         if not room:
             break
-    names_one = np.zeros(len(group), bool)
-    names_one[held_out] = True
-    apart = names_one[group]
+    held = np.zeros(len(group), bool)  # by the name of the group
+    held[held_out] = True
+    apart = held[group]
     return indices[~apart], indices[apart]
 
 
